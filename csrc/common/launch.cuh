@@ -1,0 +1,84 @@
+// The one way to launch a kernel, and the one way to reach its shared memory.
+//
+// A kernel's shared memory is one struct, SharedStorage, in dynamic shared memory. launch_kernel takes that struct as a
+// template argument (void for none), so that the 99 KB of a compute capability 8.6 block are checked when compiling.
+// tests/emulator holds a twin of this file that runs the same kernels on a CPU.
+#pragma once
+#include <cooperative_groups.h>
+
+#include "common/check.h"
+
+// Inside a kernel: `name` is the block's SharedStorage.
+#define FS_SHARED_STORAGE(SharedStorage, name)                         \
+  extern __shared__ __align__(128) unsigned char fs_shared_bytes[];    \
+  SharedStorage& name = *reinterpret_cast<SharedStorage*>(fs_shared_bytes)
+
+namespace fastshard {
+
+constexpr int kMaxSharedBytes = 101376;  // a block on compute capability 8.6 (CUDA C++ Programming Guide, table 21)
+
+template <typename SharedStorage>
+constexpr int shared_bytes() {
+  if constexpr (std::is_void_v<SharedStorage>) {
+    return 0;
+  } else {
+    static_assert(sizeof(SharedStorage) <= kMaxSharedBytes, "more shared memory than a block of compute capability 8.6");
+    return static_cast<int>(sizeof(SharedStorage));
+  }
+}
+
+namespace launch_detail {
+
+template <typename SharedStorage, typename... KernelArgs>
+void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t stream, bool cooperative,
+            const std::type_identity_t<KernelArgs>&... args) {
+  constexpr int kBytes = shared_bytes<SharedStorage>();
+  if (kBytes > 48 * 1024) {
+    FS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
+  FS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+}  // namespace launch_detail
+
+template <typename SharedStorage, typename... KernelArgs>
+void launch_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t stream,
+                   const std::type_identity_t<KernelArgs>&... args) {
+  launch_detail::launch<SharedStorage>(kernel, grid, threads, stream, false, args...);
+}
+
+// All blocks resident at once, so that the kernel may call grid_sync(); take the grid from max_resident_blocks.
+template <typename SharedStorage, typename... KernelArgs>
+void launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t stream,
+                               const std::type_identity_t<KernelArgs>&... args) {
+  launch_detail::launch<SharedStorage>(kernel, grid, threads, stream, true, args...);
+}
+
+// Blocks of this kernel that fit on the current device together.
+template <typename SharedStorage, typename... KernelArgs>
+int max_resident_blocks(void (*kernel)(KernelArgs...), int threads) {
+  constexpr int kBytes = shared_bytes<SharedStorage>();
+  int device = 0, num_sms = 0, blocks_per_sm = 0;
+  FS_CUDA_CHECK(cudaGetDevice(&device));
+  FS_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  if (kBytes > 48 * 1024) {
+    FS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  }
+  FS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, threads, kBytes));
+  return num_sms * blocks_per_sm;
+}
+
+// Barrier over all threads of a cooperative launch; global memory written before it is visible after it.
+__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+}  // namespace fastshard

@@ -1,0 +1,9 @@
+"""The op layer: one file a family. Public functions here, raw ops as ``torch.ops.fastshard.*``."""
+
+from fastshard.ops._library import COSTS, Cost, load_kernels
+from fastshard.ops.norm import rms_norm
+
+HAS_KERNELS = load_kernels()
+"""Whether the compiled CUDA kernels are registered in this process."""
+
+__all__ = ["COSTS", "HAS_KERNELS", "Cost", "rms_norm"]
