@@ -1,10 +1,12 @@
 """Build of the fastshard wheel; everything static is in pyproject.toml.
 
-With a CUDA toolkit the wheel holds one compiled library, ``fastshard._C``, on the LibTorch stable ABI:
-one abi3 wheel serves every Python >= 3.10 and torch >= 2.11 of a CUDA major. Without, it is pure Python.
+With a CUDA toolkit the wheel holds one compiled library, ``fastshard._C``, on the LibTorch stable
+ABI: one abi3 wheel serves every Python >= 3.10 and torch >= 2.11 of a CUDA major. Without a toolkit
+it is pure Python.
 
 Environment:
-    FASTSHARD_BUILD_CUDA  auto (default: CUDA where a toolkit is found), 1 (fail without one), 0 (pure Python)
+    FASTSHARD_BUILD_CUDA  auto (default): CUDA where a toolkit is found; 1: fail without one;
+                          0: pure Python
     TORCH_CUDA_ARCH_LIST  architectures to compile for, default "8.6+PTX"
     CUDA_HOME             the toolkit, where it is not in a usual place
     FASTSHARD_LINEINFO    1 keeps source lines in the machine code, for profilers
@@ -28,7 +30,7 @@ TORCH_TARGET = (2, 11)  # the oldest torch that the binary serves
 
 
 def find_cuda_home() -> Path | None:
-    """The first usual place that holds both nvcc and the headers; CUDA_HOME overrides the search."""
+    """The first usual place with both nvcc and the headers; CUDA_HOME overrides the search."""
     if os.environ.get("CUDA_HOME"):
         return Path(os.environ["CUDA_HOME"])
     nvcc = shutil.which("nvcc")
@@ -52,8 +54,9 @@ def wants_cuda(cuda_home: Path | None) -> bool:
     found = cuda_home is not None and (cuda_home / "bin" / "nvcc").exists()
     if choice == "1" and not found:
         raise SystemExit(
-            f"FASTSHARD_BUILD_CUDA=1 needs a CUDA toolkit with nvcc, found none (CUDA_HOME={cuda_home}); "
-            "set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,cudart,cccl,crt]'"
+            "FASTSHARD_BUILD_CUDA=1 needs a CUDA toolkit with nvcc, found none "
+            f"(CUDA_HOME={cuda_home}); set CUDA_HOME, or "
+            "pip install 'cuda-toolkit[nvcc,cudart,cccl,crt]'"
         )
     return found and choice != "0"
 
@@ -70,7 +73,7 @@ def cuda_version(cuda_home: Path) -> str:
 
 
 class BuildPy(build_py):
-    """Writes fastshard/_build_info.py: what `fastshard info` and the launch errors say of the binary."""
+    """Writes fastshard/_build_info.py: what `fastshard info` says of the binary."""
 
     build_info: dict[str, str] = {}  # noqa: RUF012  (set once below, before setup() runs)
 
@@ -84,7 +87,7 @@ class BuildPy(build_py):
 
 
 def torch_cuda_stub() -> str:
-    """Folder of an empty libtorch_cuda.so: a CPU-only torch has the headers, but not this library."""
+    """Folder of an empty libtorch_cuda.so: a CPU-only torch has its headers, but not it."""
     folder = tempfile.mkdtemp(prefix="fastshard-stub-")
     library = f"{folder}/libtorch_cuda.so"
     command = ["g++", "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", library, "-x", "c++", "-"]
@@ -135,7 +138,7 @@ def extension_arguments(cuda_home: Path) -> dict:
     if os.environ.get("FASTSHARD_LINEINFO") == "1":
         nvcc.append("-lineinfo")
 
-    # Relative, as setuptools demands. Objects are named after their source: a .cpp and a .cu of one stem collide.
+    # Relative, as setuptools demands.
     sources = [
         str(path.relative_to(ROOT))
         for pattern in ("ops/*.cpp", "*/*.cu")
@@ -148,7 +151,7 @@ def extension_arguments(cuda_home: Path) -> dict:
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         py_limited_api=True,
     )
-    # Only what the stable ABI needs: CUDAExtension would add c10, torch_python and a shared CUDA runtime.
+    # Only what the stable ABI needs: CUDAExtension adds c10, torch_python, a shared CUDA runtime.
     extension.libraries = []
     extension.library_dirs = library_dirs + extension.library_dirs
     extension.extra_link_args = [
@@ -177,7 +180,7 @@ def main() -> None:
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
-            # An isolated build runs this file once to ask for its requirements, and again when they are there.
+            # An isolated build runs this file once for its requirements, and again with them.
             arguments["setup_requires"] = ["torch>=2.13,<3", "ninja"]
         BuildPy.build_info = {
             "CUDA_VERSION": version,

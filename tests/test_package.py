@@ -1,0 +1,39 @@
+"""What is installed: the wheel and not the checkout, and a build record that matches the wheel."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fastshard
+from fastshard import ops
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def test_tests_import_the_installed_wheel():
+    assert not Path(fastshard.__file__).is_relative_to(CHECKOUT / "fastshard")
+    assert importlib.metadata.version("fastshard") == fastshard.__version__
+
+
+def test_build_record_matches_the_wheel():
+    from fastshard import _build_info
+
+    compiled = importlib.util.find_spec("fastshard._C") is not None
+    assert bool(_build_info.CUDA_ARCHS) == compiled
+
+
+def test_kernels_are_registered_where_torch_has_cuda():
+    """A CUDA torch without a GPU must still have the CUDA implementations, so that it can trace."""
+    compiled = importlib.util.find_spec("fastshard._C") is not None
+    expected = compiled and torch.version.cuda is not None
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("fastshard::rms_norm", "CUDA")
+    assert has_cuda == ops.HAS_KERNELS == expected
+
+
+def test_import_starts_no_cuda_context():
+    code = "import fastshard, torch; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
