@@ -1,0 +1,88 @@
+"""The machine-code check of the CI: each of its rules fails on a kernel that breaks it."""
+
+import collections
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RULES = {
+    "tensor_cores": [r"\battention_kernel<"],
+    "allow_local": [{"kernel": "sample_kernel", "reason": "a test"}],
+}
+
+if sys.version_info < (3, 11):
+    pytest.skip("the check reads TOML with tomllib, of Python 3.11", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def check():
+    spec = importlib.util.spec_from_file_location("check", ROOT / ".ci" / "check_machine_code.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def kernel(check, name, *, stack=0, shared=0, **instructions):
+    counts = collections.Counter({key.replace("_", "."): n for key, n in instructions.items()})
+    return check.Kernel(name, "sm_86", 32, stack, shared, counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "usage", "error"),
+    [
+        ("norm_kernel<float>", {}, None),
+        ("norm_kernel<float>", {"stack": 8}, "8 bytes of stack, 0 local-memory instructions"),
+        ("norm_kernel<float>", {"LDL_64": 3}, "0 bytes of stack, 3 local-memory instructions"),
+        ("sample_kernel<float>", {"stack": 8}, None),
+        ("norm_kernel<float>", {"shared": 4}, "4 bytes of static shared memory"),
+        ("attention_kernel<__half>", {"HMMA_16816_F32": 1}, None),
+        ("attention_kernel<__nv_bfloat16>", {"HMMA_16816_F32_BF16": 1}, None),
+        ("attention_kernel<__nv_bfloat16>", {"HMMA_16816_F32": 1}, "no HMMA of its own dtype"),
+        ("attention_kernel<__half>", {"HMMA_16816_F32_BF16": 1}, "no HMMA of its own dtype"),
+        ("attention_kernel<__half>", {"FFMA": 9}, "no HMMA of its own dtype"),
+    ],
+)
+def test_kernel_rules(check, name, usage, error):
+    errors = check.check_kernel(kernel(check, name, **usage), RULES)
+    assert len(errors) == (error is not None)
+    assert error is None or error in errors[0]
+
+
+def test_a_rule_that_matches_nothing_is_an_error(check):
+    errors = check.check_rules_used([kernel(check, "attention_kernel<__half>")], RULES)
+    assert errors == [
+        "allow_local rule 'sample_kernel' matches no kernel",
+        r"tensor_cores '\\battention_kernel<' has no kernel for __nv_bfloat16",
+    ]
+
+
+def test_sources_launch_in_one_way(check, tmp_path):
+    assert check.check_sources(ROOT / "csrc") == []
+    (tmp_path / "bad.cu").write_text(
+        "// <<< in a comment\nkernel<<<1, 1>>>();\n__shared__ int x;\n"
+    )
+    assert [error.split(":")[1] for error in check.check_sources(tmp_path)] == ["2", "3"]
+
+
+def test_shared_storage_is_bounded_when_compiling(tmp_path):
+    nvcc = next(filter(shutil.which, ["/usr/local/cuda/bin/nvcc", "nvcc"]), None)
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    source = tmp_path / "bound.cu"
+    source.write_text(
+        '#include "common/launch.cuh"\n'
+        "struct Storage { char bytes[SIZE]; };\n"
+        "int bytes() { return fastshard::shared_bytes<Storage>(); }\n"
+    )
+    command = [nvcc, "-std=c++20", "-DFASTSHARD_CUDA_ARCHS=8.6", f"-I{ROOT / 'csrc'}", "-c"]
+    for size, fits in [(101376, True), (101377, False)]:
+        arguments = [f"-DSIZE={size}", str(source), "-o", str(tmp_path / "bound.o")]
+        run = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert (run.returncode == 0) == fits, run.stderr
+        assert fits or "more shared memory than a block" in run.stderr
