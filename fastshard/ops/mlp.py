@@ -1,0 +1,116 @@
+"""Gated MLP as one op: schema, checks, public function, fake kernel, CPU reference, cost.
+
+CUDA: csrc/mlp runs 1 to 16 rows in one launch, torch's matmul and the activation kernel serve more;
+both bound in csrc/ops/mlp.cpp. The CPU reference is the specification: it fixes where values are
+rounded.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastshard.ops._library import Cost, cost, define
+from fastshard.ops.linear import DTYPES, check_like, matmul_in_float32
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
+    "relu": F.relu,
+}
+
+define(
+    "fused_mlp(Tensor x, Tensor gate_up_weight, Tensor down_weight, str activation, "
+    "Tensor? residual) -> Tensor"
+)
+
+
+def fused_mlp(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    activation: str = "silu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Compute ``residual + (activation(x @ gate.T) * (x @ up.T)) @ down.T``.
+
+    Args:
+        x: ``[..., hidden_size]``, float32, float16 or bfloat16; any strides.
+        gate_up_weight: ``[2 * intermediate_size, hidden_size]``, rows interleaved gate 0, up 0,
+            gate 1, up 1, ...; dtype and device of ``x``.
+        down_weight: ``[hidden_size, intermediate_size]``.
+        activation: ``silu``, ``gelu`` (with erf), ``gelu_tanh`` or ``relu``.
+        residual: ``[..., hidden_size]`` or ``None``; any strides.
+
+    Returns:
+        ``[..., hidden_size]``, contiguous, dtype of ``x``. Sums in float32; the product of gate
+        and up is rounded to the dtype before the second matrix, the output once.
+
+    Raises:
+        ValueError: A shape or device does not fit, or ``activation`` is unknown.
+        TypeError: ``x`` has another dtype, or another tensor not that of ``x``.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have rows of at least 1 element, got shape {list(x.shape)}")
+    hidden_size = x.shape[-1]
+    rows = gate_up_weight.shape[0] if gate_up_weight.dim() == 2 else 0
+    if rows == 0 or rows % 2 or gate_up_weight.shape[1] != hidden_size:
+        raise ValueError(
+            f"gate_up_weight must have shape [2 * intermediate_size, {hidden_size}], "
+            f"got {list(gate_up_weight.shape)}"
+        )
+    check_like(x, "gate_up_weight", gate_up_weight)
+    check_like(x, "down_weight", down_weight, (hidden_size, rows // 2))
+    if residual is not None:
+        check_like(x, "residual", residual, tuple(x.shape))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return torch.ops.fastshard.fused_mlp.default(
+        x, gate_up_weight, down_weight, activation, residual
+    )
+
+
+@torch.library.register_fake("fastshard::fused_mlp")
+def _(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl("fastshard::fused_mlp", "cpu")
+def _(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    gate, up = matmul_in_float32(x, gate_up_weight).unflatten(-1, (-1, 2)).unbind(-1)
+    hidden = (ACTIVATIONS[activation](gate) * up).to(x.dtype)
+    out = matmul_in_float32(hidden, down_weight)
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(x.dtype).contiguous()
+
+
+@cost("fused_mlp")
+def _(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    activation: str,
+    residual: Tensor | None,
+) -> Cost:
+    weights = gate_up_weight.numel() + down_weight.numel()
+    numel = 2 * x.numel() + weights + (0 if residual is None else residual.numel())
+    num_tokens = x.numel() // x.shape[-1]
+    return Cost(bytes=numel * x.element_size(), flops=2 * num_tokens * weights)

@@ -1,0 +1,236 @@
+"""fused_mlp: every device against float64, and the registration against opcheck."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastshard import ops
+from helpers import assert_as_accurate
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALF_DTYPES = [torch.float16, torch.bfloat16]
+NAN = float("nan")
+CUDA_ONLY = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
+)
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def eager(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """Every product and sum rounded to the dtype of the arguments, as eager PyTorch does."""
+    gate, up = F.linear(x, gate_up_weight[0::2]), F.linear(x, gate_up_weight[1::2])
+    out = F.linear(ACTIVATIONS[activation](gate) * up, down_weight)
+    return out if residual is None else out + residual
+
+
+def golden(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """The sums in float64, of a hidden that is rounded where the specification rounds it."""
+    gate_up = x.double() @ gate_up_weight.double().T
+    hidden = ACTIVATIONS[activation](gate_up[..., 0::2]) * gate_up[..., 1::2]
+    out = hidden.to(x.dtype).double() @ down_weight.double().T
+    return out if residual is None else out + residual.double()
+
+
+def make(num_tokens, hidden_size, intermediate_size, dtype, device):
+    def rand(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    return {
+        "x": rand(num_tokens, hidden_size),
+        "gate_up_weight": rand(2 * intermediate_size, hidden_size) / hidden_size**0.5,
+        "down_weight": rand(hidden_size, intermediate_size) / intermediate_size**0.5,
+        "residual": rand(num_tokens, hidden_size),
+    }
+
+
+def check(arguments: dict) -> None:
+    actual = ops.fused_mlp(**arguments)
+    assert actual.is_contiguous()
+    assert_as_accurate(actual, golden(**arguments), eager(**arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 8, 9, 15, 16, 17, 33])
+def test_rows(num_tokens, dtype, device):
+    check(make(num_tokens, 72, 88, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 16])
+@pytest.mark.parametrize("hidden_size", [8, 16, 56, 64, 72, 128, 136, 264])
+@pytest.mark.parametrize("intermediate_size", [8, 24, 64, 72, 136, 264])
+def test_sizes(intermediate_size, hidden_size, num_tokens, dtype, device):
+    check(make(num_tokens, hidden_size, intermediate_size, dtype, device))
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size"), [(896, 4864), (4096, 11008), (3584, 18944)]
+)
+def test_model_sizes(hidden_size, intermediate_size, dtype, device):
+    check(make(3, hidden_size, intermediate_size, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [2, 17])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activations(activation, with_residual, num_tokens, dtype, device):
+    a = make(num_tokens, 72, 40, dtype, device)
+    if not with_residual:
+        a["residual"] = None
+    check({**a, "activation": activation})
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_large_gates_stay_finite(activation, device):
+    a = make(2, 64, 64, torch.bfloat16, device)
+    a["gate_up_weight"][0::2] *= 300
+    check({**a, "activation": activation})
+
+
+@pytest.mark.parametrize("num_tokens", [2, 17])
+def test_hidden_is_rounded(num_tokens, device):
+    # One row of the identity after another: the output is the hidden value itself.
+    x = torch.eye(num_tokens, 64, dtype=torch.float16, device=device)
+    gate_up = torch.randn(128, 64, dtype=torch.float16, device=device)
+    down = torch.eye(64, dtype=torch.float16, device=device)
+    actual = ops.fused_mlp(x, gate_up, down, activation="relu")
+    gate, up = gate_up[0::2, :num_tokens].T.float(), gate_up[1::2, :num_tokens].T.float()
+    assert torch.equal(actual, (gate.relu() * up).half())
+
+
+@pytest.mark.parametrize("shape", [(0, 72), (2, 3, 72), (72,), (2, 0, 72), (3, 7, 72)], ids=str)
+def test_leading_dims(shape, device):
+    a = make(1, 72, 40, torch.float16, device)
+    weights = a["gate_up_weight"], a["down_weight"]
+    x = torch.randn(shape, dtype=torch.float16, device=device)
+    actual = ops.fused_mlp(x, *weights, residual=x)
+    assert actual.shape == x.shape
+    assert torch.equal(
+        actual, ops.fused_mlp(x.view(-1, 72), *weights, residual=x.view(-1, 72)).view(shape)
+    )
+
+
+def assert_same(device, actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the order of the sums, which on a CPU depends on the layout of the arguments."""
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
+    if device.type == "cuda":
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 20])
+def test_memory_around_the_arguments_is_not_read(num_tokens, device):
+    a = make(num_tokens, 72, 40, torch.float16, device)
+    strided = {}
+    for name, tensor in a.items():
+        rows, columns = tensor.shape
+        padded = torch.full((rows + 2, columns + 24), NAN, dtype=torch.float16, device=device)
+        strided[name] = padded[1:-1, 8 : 8 + columns]
+        strided[name].copy_(tensor)
+    assert_same(device, ops.fused_mlp(**strided), ops.fused_mlp(**a))
+
+
+@pytest.mark.parametrize("name", ["x", "gate_up_weight", "down_weight", "residual"])
+@pytest.mark.parametrize("num_tokens", [5, 20])
+def test_unaligned_arguments(num_tokens, name, device):
+    a = make(num_tokens, 72, 40, torch.float16, device)
+    shifted = torch.full((a[name].numel() + 1,), NAN, dtype=torch.float16, device=device)[1:]
+    shifted = shifted.view(a[name].shape).copy_(a[name])
+    assert_same(device, ops.fused_mlp(**{**a, name: shifted}), ops.fused_mlp(**a))
+
+
+@pytest.mark.parametrize("name", ["x", "gate_up_weight", "down_weight", "residual"])
+@pytest.mark.parametrize("num_tokens", [5, 20])
+def test_transposed_arguments(num_tokens, name, device):
+    a = make(num_tokens, 72, 40, torch.float16, device)
+    transposed = {**a, name: a[name].T.contiguous().T}
+    assert_same(device, ops.fused_mlp(**transposed), ops.fused_mlp(**a))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 17])
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(12, 40), (72, 5), (1, 1)])
+def test_sizes_of_no_whole_vector(hidden_size, intermediate_size, num_tokens, dtype, device):
+    check(make(num_tokens, hidden_size, intermediate_size, dtype, device))
+
+
+def test_rejects_wrong_arguments(device):
+    a = make(2, 64, 40, torch.float16, device)
+
+    def call(**changed):
+        return ops.fused_mlp(**{**a, **changed})
+
+    with pytest.raises(TypeError, match=r"x must be float32, float16 or bfloat16, got torch.int32"):
+        call(x=a["x"].int())
+    with pytest.raises(ValueError, match=r"x must have rows of at least 1 element, got shape \[\]"):
+        call(x=a["x"][0, 0])
+    for weight, shape in [
+        (a["gate_up_weight"][:79], r"\[79, 64\]"),
+        (a["gate_up_weight"][:, :63], r"\[80, 63\]"),
+        (a["gate_up_weight"][:0], r"\[0, 64\]"),
+        (a["gate_up_weight"][0], r"\[64\]"),
+    ]:
+        rule = r"gate_up_weight must have shape \[2 \* intermediate_size, 64\], got "
+        with pytest.raises(ValueError, match=rule + shape):
+            call(gate_up_weight=weight)
+    with pytest.raises(ValueError, match=r"down_weight must have shape \[64, 40\], got \[40, 64\]"):
+        call(down_weight=a["down_weight"].T)
+    with pytest.raises(ValueError, match=r"residual must have shape \[2, 64\], got \[1, 64\]"):
+        call(residual=a["residual"][:1])
+    with pytest.raises(
+        ValueError, match=r"activation must be one of silu, gelu, gelu_tanh, relu, got 'tanh'"
+    ):
+        call(activation="tanh")
+    for name in ("gate_up_weight", "down_weight", "residual"):
+        with pytest.raises(TypeError, match=rf"{name} must be torch.float16, got torch.bfloat16"):
+            call(**{name: a[name].bfloat16()})
+        with pytest.raises(ValueError, match=rf"{name} must be on {device.type}(:0)?, got meta"):
+            call(**{name: a[name].to("meta")})
+
+
+@pytest.mark.parametrize("num_tokens", [3, 17])
+def test_traces_without_a_graph_break(num_tokens, device):
+    a = make(num_tokens, 64, 40, torch.float16, device)
+
+    def function(x):
+        return ops.fused_mlp(x * 2, a["gate_up_weight"], a["down_weight"], residual=a["residual"])
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a["x"]), function(a["x"]))
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("num_tokens", [3, 17])
+def test_opcheck(num_tokens, with_residual, device):
+    a = make(num_tokens, 64, 40, torch.float16, device)
+    residual = a["residual"] if with_residual else None
+    args = (a["x"], a["gate_up_weight"], a["down_weight"], "gelu", residual)
+    torch.library.opcheck(torch.ops.fastshard.fused_mlp.default, args)
+
+
+def test_cost():
+    a = make(3, 64, 40, torch.float16, "cpu")
+    args = (a["x"], a["gate_up_weight"], a["down_weight"], "silu", a["residual"])
+    # x, both weights, residual, out; a multiply-add is two operations
+    numel = 3 * 64 + 3 * 40 * 64 + 3 * 64 + 3 * 64
+    assert ops.COSTS["fused_mlp"](*args) == ops.Cost(bytes=2 * numel, flops=2 * 3 * 3 * 40 * 64)
