@@ -1,0 +1,448 @@
+"""Attention ops: every device against the full float64 score matrix, and what must not be read."""
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastshard import ops
+from helpers import assert_as_accurate
+
+DTYPES = [torch.float16, torch.bfloat16]
+NAN = float("nan")
+large = pytest.mark.large
+
+
+def visible_keys(
+    b, s_q, s_kv, *, mask=None, causal=False, kv_lengths=None, first_key=None, window=None
+) -> Tensor:
+    """The visibility rule written out key by key: bool ``[b, s_q, s_kv]``."""
+    visible = torch.zeros(b, s_q, s_kv, dtype=torch.bool)
+    if mask is not None:
+        keep = mask.cpu() if mask.dtype == torch.bool else mask.cpu() > -math.inf
+    for row in range(b):
+        length = s_kv if kv_lengths is None else min(int(kv_lengths[row]), s_kv)
+        first = 0 if first_key is None else max(int(first_key[row]), 0)
+        for i in range(s_q):
+            index = length - s_q + i
+            begin = first if window is None else max(first, index - window + 1)
+            end = min(length, index + 1) if causal else length
+            if mask is not None:
+                end = min(end, mask.shape[2])
+            if begin >= end:
+                continue
+            visible[row, i, begin:end] = True
+            if mask is not None:
+                visible[row, i, begin:end] &= keep[row % mask.shape[0], i, begin:end]
+    return visible
+
+
+def full_matrix(q, k, v, visible, *, mask=None, softcap=None, softmax_scale=None) -> Tensor:
+    """Attention by the s x S matrix, eagerly in q's dtype: float64 makes it the golden result."""
+    group = q.shape[2] // k.shape[2]
+    valid = visible.any(1)[:, :, None, None]  # a key that nobody sees may be NaN
+    k, v = (torch.where(valid, t, 0).repeat_interleave(group, 2) for t in (k, v))
+    scale = softmax_scale or 1 / math.sqrt(q.shape[3])
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype != torch.bool:
+        bias = torch.zeros(mask.shape[0], *visible.shape[1:], dtype=q.dtype, device=q.device)
+        shared = min(mask.shape[2], bias.shape[2])
+        bias[..., :shared] = mask[..., :shared].to(q.dtype)
+        scores = scores + bias[:, None]
+    scores = scores.masked_fill(~visible[:, None], -math.inf)
+    weights = torch.softmax(scores, -1).masked_fill(~visible.any(-1)[:, None, :, None], 0)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def make_qkv(device, dtype, *, b=1, s_q=16, s_kv=16, num_kv_heads=1, group=1, head_dim=64):
+    """Random q, k, v. Scores of standard deviation 2, so that the softmax is far from uniform."""
+    q = 2 * torch.randn(b, s_q, num_kv_heads * group, head_dim, device=device)
+    k = torch.randn(b, s_kv, num_kv_heads, head_dim, device=device)
+    v = torch.randn(b, s_kv, num_kv_heads, head_dim, device=device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def check(q, k, v, *, softcap=None, softmax_scale=None, **rules) -> Tensor:
+    """Hold ops.attention to the float64 golden result; return what it gave."""
+    visible = visible_keys(q.shape[0], q.shape[1], k.shape[1], **rules).to(q.device)
+    scores = {"mask": rules.get("mask"), "softcap": softcap, "softmax_scale": softmax_scale}
+    actual = ops.attention(q, k, v, softcap=softcap, softmax_scale=softmax_scale, **rules)
+    assert actual.is_contiguous()
+    golden = full_matrix(q.double(), k.double(), v.double(), visible, **scores)
+    assert_as_accurate(actual, golden, full_matrix(q, k, v, visible, **scores))
+    nothing = ~visible.any(-1)
+    assert not actual[nothing].any(), "a query with nothing to attend to must give zeros"
+    return actual
+
+
+# Every template (64, 96, 128, 256), and head dims padded up to each.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 8, 72, 80, 104, 120, 136, 248])
+def test_head_dims(head_dim, causal, dtype, device):
+    q, k, v = make_qkv(device, dtype, s_q=9, s_kv=70, group=2, head_dim=head_dim)
+    check(q, k, v, causal=causal)
+    check(q[:, :2], k, v, causal=causal)
+
+
+BORDERS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("s_kv", [*BORDERS, pytest.param(513, marks=large)])
+@pytest.mark.parametrize("s_q", [1, 17, 64, 65, pytest.param(257, marks=large)])
+def test_tile_borders(s_q, s_kv, causal, device):
+    """Causal with s_q > s_kv leaves the first queries with nothing."""
+    check(*make_qkv(device, torch.float16, s_q=s_q, s_kv=s_kv), causal=causal)
+
+
+@pytest.mark.parametrize("s_q", [1, 3, 20])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16, 17])
+def test_groups(group, s_q, device):
+    q, k, v = make_qkv(device, torch.bfloat16, s_q=s_q, s_kv=40, num_kv_heads=2, group=group)
+    check(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("s_q", [1, 3, 40])
+def test_key_bounds(s_q, causal, integer, device):
+    """NaN lies in every key before first_key and from kv_lengths on."""
+    lengths, first = [0, 1, 70, 96, 33, 200], [0, 0, 67, -5, 40, 1]
+    q, k, v = make_qkv(device, torch.float16, b=6, s_q=s_q, s_kv=96, num_kv_heads=2, group=3)
+    for row in range(6):
+        for tensor in (k, v):
+            tensor[row, lengths[row] :] = NAN
+            tensor[row, : max(first[row], 0)] = NAN
+    kv_lengths = torch.tensor(lengths, dtype=integer, device=device)
+    first_key = torch.tensor(first, dtype=integer, device=device)
+    check(q, k, v, causal=causal, kv_lengths=kv_lengths, first_key=first_key)
+    check(q[:2], k[:2], v[:2], causal=causal, kv_lengths=kv_lengths[:2])
+
+
+def test_strided_lengths(device):
+    q, k, v = make_qkv(device, torch.float16, b=3, s_q=1, s_kv=80)
+    pairs = torch.tensor([[50, 3], [60, 4], [80, 0]], device=device)
+    check(q, k, v, kv_lengths=pairs[:, 0], first_key=pairs[:, 1])
+    check(q, k, v, kv_lengths=pairs[:1, 0].expand(3))
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 63, 64, 65, 200])
+@pytest.mark.parametrize("s_q", [1, 70])
+def test_window(s_q, window, device):
+    q, k, v = make_qkv(device, torch.bfloat16, b=2, s_q=s_q, s_kv=150, group=2)
+    kv_lengths = torch.tensor([150, 100], device=device)
+    first_key = torch.tensor([0, 60], device=device)
+    check(q, k, v, causal=True, window=window)
+    check(q, k, v, causal=True, window=window, kv_lengths=kv_lengths, first_key=first_key)
+
+
+@pytest.mark.parametrize("s_q", [1, 20])
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_softcap_and_scale(softcap, s_q, device):
+    q, k, v = make_qkv(device, torch.float16, s_q=s_q, s_kv=70, group=2)
+    check(q, k, v, causal=True, softcap=softcap, softmax_scale=0.5)
+    check(q, k, v, softmax_scale=0.01)
+
+
+def make_mask(b, s_q, num_keys, dtype, device) -> Tensor:
+    """Distinct along every axis; query 1 sees nothing at all, query 2 only the last key."""
+    keep = torch.rand(b, s_q, num_keys, device=device) < 0.6
+    keep[:, 1] = False
+    keep[:, 2] = torch.arange(num_keys, device=device) == num_keys - 1
+    if dtype == torch.bool:
+        return keep
+    # Multiples of 1/8 up to 4: exact in every dtype.
+    values = torch.randint(-32, 33, keep.shape, device=device) / 8
+    return values.masked_fill(~keep, -math.inf).to(dtype)
+
+
+MASK_DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
+@pytest.mark.parametrize("mask_batch", [1, 2])
+@pytest.mark.parametrize("s_q", [3, 40])
+def test_mask(s_q, mask_batch, dtype, device):
+    q, k, v = make_qkv(device, torch.float16, b=2, s_q=s_q, s_kv=70, num_kv_heads=2, group=2)
+    mask = make_mask(mask_batch, s_q, 70, dtype, device)
+    actual = check(q, k, v, mask=mask)
+    assert not actual[:, 1].any()
+    wide = torch.cat([mask, torch.ones_like(mask)], 2)  # keys that do not exist
+    assert torch.equal(ops.attention(q, k, v, mask=wide), actual)
+    check(q, k, v, mask=mask, softcap=5.0, first_key=torch.tensor([3, 0], device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_strided_mask(dtype, device):
+    q, k, v = make_qkv(device, torch.float16, b=2, s_q=5, s_kv=70)
+    mask = make_mask(2, 5, 70, dtype, device)
+    expected = ops.attention(q, k, v, mask=mask)
+    by_key_first = mask.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert torch.equal(ops.attention(q, k, v, mask=by_key_first), expected)
+    keys = mask[:1, :1].expand(2, 5, 70)
+    check(q, k, v, mask=keys)
+
+
+@pytest.mark.parametrize("s_q", [2, 30])
+def test_lowest_finite_mask_attends_evenly(s_q, device):
+    """Hugging Face hides keys by the lowest float32: a row of nothing else is a plain mean."""
+    q, k, v = make_qkv(device, torch.float16, s_q=s_q, s_kv=64)
+    mask = torch.full((1, s_q, 64), torch.finfo(torch.float32).min, device=device)
+    mean = v.double().mean(1, keepdim=True).expand(1, s_q, 1, 64)
+    # The weights 1/64 are exact; the rounding of the result is half an ulp of at most 1.
+    torch.testing.assert_close(
+        ops.attention(q, k, v, mask=mask).double(), mean, rtol=0, atol=2**-11
+    )
+
+
+@pytest.mark.parametrize("s_q", [1, 2, 30])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_cached(head_dim, s_q, device):
+    """A cache with more rows than the batch, NaN in every slot past the lengths."""
+    lengths = [s_q, 37, 100, 64]
+    q, k, v = make_qkv(
+        device, torch.bfloat16, b=4, s_q=s_q, s_kv=100, num_kv_heads=2, group=4, head_dim=head_dim
+    )
+    k_cache, v_cache = (
+        torch.full((6, 2, 128, head_dim), NAN, dtype=q.dtype, device=device) for _ in "kv"
+    )
+    for row, length in enumerate(lengths):
+        k_cache[row, :, :length] = k[row, :length].transpose(0, 1)
+        v_cache[row, :, :length] = v[row, :length].transpose(0, 1)
+    kv_lengths = torch.tensor(lengths, device=device)
+    actual = ops.cached_attention(q, k_cache, v_cache, kv_lengths)
+    visible = visible_keys(4, s_q, 100, causal=True, kv_lengths=kv_lengths).to(device)
+    golden = full_matrix(q.double(), k.double(), v.double(), visible)
+    assert_as_accurate(actual, golden, full_matrix(q, k, v, visible))
+
+    # A mask shorter than the cache replaces the causal rule, and hides the slots it does not reach.
+    mask = torch.rand(1, s_q, 90, device=device) < 0.7
+    actual = ops.cached_attention(q, k_cache, v_cache, kv_lengths, mask=mask)
+    visible = visible_keys(4, s_q, 100, mask=mask, kv_lengths=kv_lengths).to(device)
+    golden = full_matrix(q.double(), k.double(), v.double(), visible)
+    assert_as_accurate(actual, golden, full_matrix(q, k, v, visible))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("s_max", [1024, pytest.param(5000, marks=large)])
+def test_long_cache(s_max, layer_norm, head_dim, device):
+    """Long enough for its keys to be split over blocks; rows far shorter than the cache."""
+    rows = [0, 1, 65, s_max - 3]
+    q, k, v = make_qkv(
+        device, torch.float16, b=4, s_q=2, s_kv=s_max, num_kv_heads=1, group=3, head_dim=head_dim
+    )
+    for row, length in enumerate(rows):
+        k[row, length:], v[row, length:] = NAN, NAN
+    kv_lengths = torch.tensor(rows, device=device)
+    if not layer_norm:
+        check(q, k, v, causal=True, kv_lengths=kv_lengths)
+        check(q, k, v, causal=True, kv_lengths=kv_lengths, window=300)
+    else:
+        check_layer_norm(q, k, v, causal=True, kv_lengths=kv_lengths)
+
+
+def test_strided_qkv(device):
+    """Slices of one packed projection, poisoned around what may be read."""
+    packed = torch.randn(2, 21, (4 + 2 * 2) * 64, device=device).half()
+    q, k, v = (t.unflatten(-1, (-1, 64)) for t in packed.split([256, 128, 128], dim=-1))
+    expected = ops.attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True)
+    assert torch.equal(ops.attention(q, k, v, causal=True), expected)
+    check(q, k, v, causal=True)
+
+
+def test_unaligned_and_permuted(device):
+    q, k, v = make_qkv(device, torch.float16, b=2, s_q=5, s_kv=33, num_kv_heads=2, group=2)
+    expected = ops.attention(q, k, v)
+    shifted = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (q, k, v)]
+    assert torch.equal(ops.attention(*shifted), expected)
+    columns = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v)]
+    assert torch.equal(ops.attention(*columns), expected)
+    one_head = [t[:, :, :1].expand(2, -1, 2, 64) for t in (k, v)]
+    check(q, *one_head)
+
+
+@pytest.mark.parametrize(("b", "s_q", "s_kv"), [(0, 3, 5), (2, 0, 5), (2, 3, 0)])
+def test_empty(b, s_q, s_kv, device):
+    q, k, v = make_qkv(device, torch.float16, b=b, s_q=s_q, s_kv=s_kv, group=2)
+    out = ops.attention(q, k, v, causal=True)
+    assert torch.equal(out, torch.zeros_like(q))
+
+
+def check_layer_norm(q, k, v, *, eps=0.1, affine=True, **rules) -> Tensor:
+    """eps is large against a variance below 1: a kernel that drops it must fail."""
+    d = q.shape[3]
+    weight, bias = torch.randn(2, d, device=q.device).to(q.dtype) if affine else (None, None)
+    visible = visible_keys(q.shape[0], q.shape[1], k.shape[1], **rules).to(q.device)
+
+    def normed(dtype):
+        attended = full_matrix(q.to(dtype), k.to(dtype), v.to(dtype), visible)
+        affine_to = (None if t is None else t.to(dtype) for t in (weight, bias))
+        return torch.nn.functional.layer_norm(attended, (d,), *affine_to, eps)
+
+    actual = ops.attention_layer_norm(q, k, v, weight, bias, eps, **rules)
+    assert_as_accurate(actual, normed(torch.float64), normed(q.dtype))
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("s_q", [1, 33])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 8, 72, 200])
+def test_layer_norm(head_dim, s_q, affine, dtype, device):
+    q, k, v = make_qkv(device, dtype, s_q=s_q, s_kv=40, num_kv_heads=2, group=2, head_dim=head_dim)
+    check_layer_norm(q, k, v, affine=affine, causal=True)
+
+
+@pytest.mark.parametrize("s_q", [2, 20])
+def test_layer_norm_of_nothing_is_bias(s_q, device):
+    q, k, v = make_qkv(device, torch.float16, s_q=s_q, s_kv=16)
+    weight, bias = torch.randn(2, 64, device=device).half()
+    nothing = torch.zeros(1, s_q, 16, dtype=torch.bool, device=device)
+    out = ops.attention_layer_norm(q, k, v, weight, bias, mask=nothing)
+    assert torch.equal(out, bias.expand_as(out))
+
+
+def test_float32_on_cpu(monkeypatch):
+    """Exact to float32's own rounding, however the queries are cut into blocks."""
+    torch.manual_seed(0)
+    q, k, v = make_qkv("cpu", torch.float32, b=2, s_q=37, s_kv=50, num_kv_heads=2, group=3)
+    rules = {"causal": True, "kv_lengths": torch.tensor([50, 30])}
+    golden = full_matrix(q.double(), k.double(), v.double(), visible_keys(2, 37, 50, **rules))
+    for limit in (1 << 22, 2 * 12 * 50 * 5):  # at once, and five queries at a time
+        # by module name: the package's attribute of that name is the function
+        monkeypatch.setattr(sys.modules["fastshard.ops.attention"], "REFERENCE_SCORES", limit)
+        # 1e-5: scores up to 10 in magnitude carry 1e-6, the exponential passes that on.
+        torch.testing.assert_close(
+            ops.attention(q, k, v, **rules).double(), golden, rtol=0, atol=1e-5
+        )
+
+
+def tensors(device):
+    q, k, v = make_qkv(device, torch.float16, b=2, s_q=3, s_kv=5, num_kv_heads=2, group=2)
+    return {"q": q, "k": k, "v": v}
+
+
+WRONG = {
+    r"q must be \[b, s_q, num_qo_heads, head_dim\], got shape \[2, 3, 4\]": {"q": (2, 3, 4)},
+    r"q must have a head_dim that is a multiple of 8 up to 256, got 60": {"q": (2, 3, 4, 60)},
+    r"q must have a head_dim that is a multiple of 8 up to 256, got 264": {"q": (2, 3, 4, 264)},
+    r"q must have a multiple of k's 2 heads, got 3 heads": {"q": (2, 3, 3, 64)},
+    r"k must have .* the batch 2 and the head_dim 64 of q, got shape \[1, 5, 2, 64\]": {
+        "k": (1, 5, 2, 64)
+    },
+    r"k must have .* the batch 2 and the head_dim 64 of q, got shape \[2, 5, 2, 72\]": {
+        "k": (2, 5, 2, 72)
+    },
+    r"v must have the shape of k, got length 6 for 5": {"v": (2, 6, 2, 64)},
+    r"mask must be \[1 or 2, 3, S\], got shape \[3, 3, 5\]": {"mask": (3, 3, 5)},
+    r"mask must be \[1 or 2, 3, S\], got shape \[2, 4, 5\]": {"mask": (2, 4, 5)},
+    r"mask must cover all 5 keys, got shape \[2, 3, 4\]": {"mask": (2, 3, 4)},
+    r"causal must be False where a mask is given": {"mask": (2, 3, 5), "causal": True},
+    r"kv_lengths must have shape \[2\], got \[3\]": {"kv_lengths": (3,)},
+    r"first_key must have shape \[2\], got \[2, 1\]": {"first_key": (2, 1)},
+    r"window must be at least 1, got 0": {"window": 0, "causal": True},
+    r"window must be None without the causal rule, got 4": {"window": 4},
+    r"softcap must be positive and finite, got 0.0": {"softcap": 0.0},
+    r"softcap must be positive and finite, got nan": {"softcap": NAN},
+    r"softmax_scale must be positive and finite, got -1.0": {"softmax_scale": -1.0},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_rejects_wrong_values(message, device):
+    arguments = tensors(device)
+    for name, value in WRONG[message].items():
+        if isinstance(value, tuple):
+            integer = name in ("kv_lengths", "first_key")
+            value = torch.ones(
+                value, dtype=torch.int64 if integer else torch.float16, device=device
+            )
+        arguments[name] = value
+    with pytest.raises(ValueError, match=message):
+        ops.attention(**arguments)
+
+
+def test_rejects_wrong_dtypes(device):
+    arguments = tensors(device)
+    for name in "qkv":
+        with pytest.raises(TypeError, match=rf"{name} must be .*, got torch.float64"):
+            ops.attention(**arguments | {name: arguments[name].double()})
+    with pytest.raises(TypeError, match=r"kv_lengths must be int32 or int64, got torch.float32"):
+        ops.attention(**arguments, kv_lengths=torch.ones(2, device=device))
+    with pytest.raises(TypeError, match=r"mask must be bool or floating, got torch.int64"):
+        ops.attention(**arguments, mask=torch.ones(2, 3, 5, dtype=torch.int64, device=device))
+    with pytest.raises(TypeError, match=r"weight must be torch.float16, got torch.float32"):
+        ops.attention_layer_norm(**arguments, weight=torch.ones(64, device=device))
+
+
+def test_rejects_wrong_cache_and_weight(device):
+    q, k, v = tensors(device).values()
+    k_cache, v_cache = (t.transpose(1, 2).contiguous() for t in (k, v))
+    lengths = torch.tensor([5, 5], device=device)
+    with pytest.raises(
+        ValueError, match=r"k_cache must be .* B at least the batch of q, got \[1, 2, 5, 64\]"
+    ):
+        ops.cached_attention(q, k_cache[:1], v_cache, lengths)
+    with pytest.raises(
+        ValueError, match=r"v_cache must have the shape of k_cache, got num_kv_heads 1 for 2"
+    ):
+        ops.cached_attention(q, k_cache, v_cache[:, :1], lengths)
+    with pytest.raises(ValueError, match=r"bias must have shape \[64\], got \[63\]"):
+        ops.attention_layer_norm(q, k, v, bias=torch.ones(63, device=device).half())
+
+
+@pytest.mark.cuda
+def test_rejects_other_devices_and_float32(device):
+    if device.type != "cuda":
+        pytest.skip("a rule about CUDA tensors")
+    arguments = tensors(device)
+    with pytest.raises(ValueError, match=r"v must be on cuda:0 like q, got cpu"):
+        ops.attention(**arguments | {"v": arguments["v"].cpu()})
+    with pytest.raises(ValueError, match=r"kv_lengths must be on cuda:0 like q, got cpu"):
+        ops.attention(**arguments, kv_lengths=torch.tensor([5, 5]))
+    with pytest.raises(
+        TypeError, match=r"q must be float16 or bfloat16 on CUDA, got torch.float32"
+    ):
+        ops.attention(**{name: t.float() for name, t in arguments.items()})
+
+
+def test_traces_without_a_graph_break(device):
+    q, k, v = make_qkv(device, torch.float16, b=2, s_q=1, s_kv=40, group=2)
+    k_cache, v_cache = k.transpose(1, 2), v.transpose(1, 2)
+    lengths = torch.tensor([40, 7], device=device)
+
+    def step(q, lengths):
+        cached = ops.cached_attention(q * 2, k_cache, v_cache, lengths, window=20)
+        return cached + ops.attention_layer_norm(q, k, v, causal=True)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, lengths), step(q, lengths))
+
+
+def test_opcheck(device):
+    q, k, v = make_qkv(device, torch.float16, b=2, s_q=3, s_kv=20, num_kv_heads=2, group=2)
+    lengths = torch.tensor([20, 7], device=device)
+    mask = torch.ones(1, 3, 20, dtype=torch.bool, device=device)
+    rules = (None, True, lengths, lengths - 5, 6, 30.0, 0.125)
+    weight, bias = torch.randn(2, 64, device=device).half()
+    attention = torch.ops.fastshard.attention.default
+    layer_norm = torch.ops.fastshard.attention_layer_norm.default
+    torch.library.opcheck(attention, (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, *rules))
+    torch.library.opcheck(attention, (q, k, v, mask, False, None, None, None, None, 0.125))
+    torch.library.opcheck(layer_norm, (q, k, v, weight, bias, 1e-5, *rules))
+
+
+def test_cost():
+    """A causal square of 4 has 10 of 16 pairs, a window of 2 leaves 7."""
+    q, k, v = make_qkv("cpu", torch.float16, b=2, s_q=4, s_kv=4, group=2, head_dim=8)
+    pairs = {"window": 7, "causal": 10, "full": 16}
+    for name, count in pairs.items():
+        rules = (None, name != "full", None, None, 2 if name == "window" else None, None, 1.0)
+        expected = ops.Cost(bytes=2 * (2 * 128 + 2 * 64), flops=4 * 2 * 2 * 8 * count)
+        assert ops.COSTS["attention"](q, k, v, *rules) == expected
