@@ -1,7 +1,8 @@
 """Sharded Llama and Qwen inference with fused CUDA kernels for Ampere-class GPUs."""
 
-from fastshard import ops
+from fastshard import nn, ops
+from fastshard.models import ModelConfig, Shard, ShardedGeneralModel
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "ops"]
+__all__ = ["ModelConfig", "Shard", "ShardedGeneralModel", "__version__", "nn", "ops"]
