@@ -1,10 +1,13 @@
 """The op layer: one file a family. Public functions here, raw ops as ``torch.ops.fastshard.*``."""
 
 from fastshard.ops._library import COSTS, Cost, load_kernels
+from fastshard.ops.activation import act_and_mul, silu_and_mul
 from fastshard.ops.attention import attention, attention_layer_norm, cached_attention
 from fastshard.ops.linear import linear
 from fastshard.ops.mlp import fused_mlp
-from fastshard.ops.norm import rms_norm
+from fastshard.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastshard.ops.rope import apply_rope, rope_append
+from fastshard.ops.sample import sample
 
 HAS_KERNELS = load_kernels()
 """Whether the compiled CUDA kernels are registered in this process."""
@@ -13,10 +16,18 @@ __all__ = [
     "COSTS",
     "HAS_KERNELS",
     "Cost",
+    "act_and_mul",
+    "add_layer_norm",
+    "add_rms_norm",
+    "apply_rope",
     "attention",
     "attention_layer_norm",
     "cached_attention",
     "fused_mlp",
+    "layer_norm",
     "linear",
     "rms_norm",
+    "rope_append",
+    "sample",
+    "silu_and_mul",
 ]

@@ -7,11 +7,21 @@ fixes where values are rounded, and tests hold the CUDA kernel to it.
 import torch
 from torch import Tensor
 
+from fastshard.ops._checks import check_floating, check_like, check_shape
 from fastshard.ops._library import Cost, cost, define
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ROW_BYTES = 64 * 1024  # the kernels hold a row in registers: kMaxRowBytes in csrc/norm/row.h
 
 define("rms_norm(Tensor x, Tensor weight, float eps, bool weight_in_fp32) -> Tensor")
+define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool weight_in_fp32)"
+    " -> (Tensor, Tensor)"
+)
+define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
+define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor)"
+)
 
 
 def rms_norm(
@@ -20,7 +30,8 @@ def rms_norm(
     """Scale each row of ``x`` to unit root mean square, then by ``weight``.
 
     Args:
-        x: ``[..., hidden_size]``, float32, float16 or bfloat16; any strides.
+        x: ``[..., hidden_size]``, float32, float16 or bfloat16; any strides. A row is a multiple
+            of 16 bytes, at most 64 KiB.
         weight: ``[hidden_size]``, dtype and device of ``x``.
         eps: Added to the mean square, before the square root.
         weight_in_fp32: Multiply by ``weight`` in float32 and round once, as torchtune; by default
@@ -30,31 +41,157 @@ def rms_norm(
         ``[..., hidden_size]``, contiguous, dtype of ``x``. Reduced in float32.
 
     Raises:
-        ValueError: ``x`` has no dimension, ``hidden_size`` is not a multiple of 16 bytes, or
-            ``weight`` is not ``[hidden_size]``.
+        ValueError: A row of ``x`` is empty, no multiple of 16 bytes or above 64 KiB; ``weight`` is
+            not ``[hidden_size]`` or not on the device of ``x``.
         TypeError: ``x`` has another dtype, or ``weight`` not that of ``x``.
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """
-    # Plain if/raise: it traces under fullgraph, and gives every device the same error.
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] * x.element_size() % 16:
-        raise ValueError(f"x must have rows of a multiple of 16 bytes, got shape {list(x.shape)}")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight must be {x.dtype}, got {weight.dtype}")
-    if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-        raise ValueError(f"weight must have shape [{x.shape[-1]}], got {list(weight.shape)}")
+    _check_rows(x)
+    _check_vector("weight", weight, x)
     return torch.ops.fastshard.rms_norm.default(x, weight, eps, weight_in_fp32)
 
 
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    weight_in_fp32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Add ``x`` to the residual stream, and normalise the sum as :func:`rms_norm`.
+
+    Args:
+        x: ``[..., hidden_size]``, the output of the block before; as in :func:`rms_norm`.
+        residual: Shape, dtype and device of ``x``; any strides.
+        weight: ``[hidden_size]``, dtype and device of ``x``.
+        eps: Added to the mean square, before the square root.
+        weight_in_fp32: As in :func:`rms_norm`.
+
+    Returns:
+        ``(normed, new_residual)``, both contiguous, of the shape and dtype of ``x``.
+        ``new_residual = x + residual``, added in float32 and rounded once; ``normed`` is the norm
+        of that rounded sum.
+
+    Raises:
+        ValueError: As :func:`rms_norm`; or ``residual`` has not the shape or device of ``x``.
+        TypeError: As :func:`rms_norm`; or ``residual`` has not the dtype of ``x``.
+
+    Source: Zhang & Sennrich 2019, eq. 4.
+    """
+    _check_rows(x)
+    check_like("residual", residual, x)
+    check_shape("residual", residual, x.shape)
+    _check_vector("weight", weight, x)
+    return torch.ops.fastshard.add_rms_norm.default(x, residual, weight, eps, weight_in_fp32)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Shift and scale each row of ``x`` to mean 0 and variance 1, then by ``weight`` and ``bias``.
+
+    Args:
+        x: ``[..., hidden_size]``, as in :func:`rms_norm`.
+        weight: ``[hidden_size]``, dtype and device of ``x``; None means ones.
+        bias: ``[hidden_size]``, dtype and device of ``x``; None means zeros.
+        eps: Added to the variance (biased, about the mean), before the square root.
+
+    Returns:
+        ``[..., hidden_size]``, contiguous, dtype of ``x``. Computed in float32, rounded once.
+
+    Raises:
+        ValueError: A row of ``x`` is empty, no multiple of 16 bytes or above 64 KiB; ``weight`` or
+            ``bias`` is not ``[hidden_size]`` or not on the device of ``x``.
+        TypeError: ``x`` has another dtype, or ``weight`` or ``bias`` not that of ``x``.
+
+    Source: Ba, Kiros & Hinton 2016, eq. 3.
+    """
+    _check_rows(x)
+    _check_vector("weight", weight, x)
+    _check_vector("bias", bias, x)
+    return torch.ops.fastshard.layer_norm.default(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Add ``x`` to the residual stream, and normalise the sum as :func:`layer_norm`.
+
+    Args:
+        x: ``[..., hidden_size]``, the output of the block before; as in :func:`rms_norm`.
+        residual: Shape, dtype and device of ``x``; any strides.
+        weight: ``[hidden_size]``, dtype and device of ``x``; None means ones.
+        bias: ``[hidden_size]``, dtype and device of ``x``; None means zeros.
+        eps: Added to the variance, before the square root.
+
+    Returns:
+        ``(normed, new_residual)``, both contiguous, of the shape and dtype of ``x``.
+        ``new_residual = x + residual``, added in float32 and rounded once; ``normed`` is the norm
+        of that rounded sum.
+
+    Raises:
+        ValueError: As :func:`layer_norm`; or ``residual`` has not the shape or device of ``x``.
+        TypeError: As :func:`layer_norm`; or ``residual`` has not the dtype of ``x``.
+
+    Source: Ba, Kiros & Hinton 2016, eq. 3.
+    """
+    _check_rows(x)
+    check_like("residual", residual, x)
+    check_shape("residual", residual, x.shape)
+    _check_vector("weight", weight, x)
+    _check_vector("bias", bias, x)
+    return torch.ops.fastshard.add_layer_norm.default(x, residual, weight, bias, eps)
+
+
+def _check_rows(x: Tensor) -> None:
+    check_floating("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] * x.element_size() % 16:
+        raise ValueError(f"x must have rows of a multiple of 16 bytes, got shape {list(x.shape)}")
+    if x.shape[-1] * x.element_size() > MAX_ROW_BYTES:
+        raise ValueError(
+            f"x must have rows of at most {MAX_ROW_BYTES} bytes, "
+            f"got {x.shape[-1]} elements of {x.element_size()} bytes"
+        )
+
+
+def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
+    if vector is not None:
+        check_like(name, vector, x)
+        check_shape(name, vector, x.shape[-1:])
+
+
+# Outputs are contiguous, as the kernels write them, whatever the strides of x.
 @torch.library.register_fake("fastshard::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
-    return x.new_empty(x.shape)  # contiguous, as the kernel writes it
+    return x.new_empty(x.shape)
 
 
-@torch.library.impl("fastshard::rms_norm", "cpu")
-def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
+@torch.library.register_fake("fastshard::add_rms_norm")
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastshard::layer_norm")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastshard::add_layer_norm")
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
     x32 = x.float()
     x_hat = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
     if weight_in_fp32:
@@ -62,6 +199,66 @@ def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
     return (x_hat.to(x.dtype) * weight).contiguous()
 
 
+torch.library.impl("fastshard::rms_norm", "cpu", _rms_norm_reference)
+
+
+@torch.library.impl("fastshard::add_rms_norm", "cpu")
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool
+) -> tuple[Tensor, Tensor]:
+    new_residual = _add_reference(x, residual)
+    return _rms_norm_reference(new_residual, weight, eps, weight_in_fp32), new_residual
+
+
+def _layer_norm_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    x32 = x.float()
+    centred = x32 - x32.mean(dim=-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.float()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).contiguous()
+
+
+torch.library.impl("fastshard::layer_norm", "cpu", _layer_norm_reference)
+
+
+@torch.library.impl("fastshard::add_layer_norm", "cpu")
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    new_residual = _add_reference(x, residual)
+    return _layer_norm_reference(new_residual, weight, bias, eps), new_residual
+
+
+def _add_reference(x: Tensor, residual: Tensor) -> Tensor:
+    return (x.float() + residual.float()).to(x.dtype).contiguous()
+
+
+def _norm_cost(x: Tensor, num_tensors: int, vectors: tuple[Tensor | None, ...], flops: int) -> Cost:
+    """``num_tensors`` tensors of the size of ``x``, each vector once, ``flops`` an element."""
+    num_elements = num_tensors * x.numel() + sum(v.numel() for v in vectors if v is not None)
+    return Cost(bytes=num_elements * x.element_size(), flops=flops * x.numel())
+
+
 @cost("rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Cost:
-    return Cost(bytes=(2 * x.numel() + weight.numel()) * x.element_size(), flops=4 * x.numel())
+    return _norm_cost(x, 2, (weight,), flops=4)
+
+
+@cost("add_rms_norm")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Cost:
+    return _norm_cost(x, 4, (weight,), flops=5)
+
+
+@cost("layer_norm")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+    return _norm_cost(x, 2, (weight, bias), flops=7)
+
+
+@cost("add_layer_norm")
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+    return _norm_cost(x, 4, (weight, bias), flops=8)

@@ -1,85 +1,276 @@
-"""rms_norm: every device against float64, and the registration against opcheck."""
+"""Norms: every device against float64, the rounding of the sums, and the registration.
+
+``RMS`` and ``LAYER`` describe the two norms, so that one body tests both and both their add forms.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastshard import ops
 from helpers import assert_as_accurate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 0.1  # large against mean(x^2) = 1: a kernel that drops eps must fail
-# Both sides of every config boundary (2, 8, 32 KiB); 7168 is Qwen2.5-7B in 16 bit.
-ROW_BYTES = [16, 2048, 2064, 7168, 8192, 8208, 32768]
+# Both sides of every config boundary (256, 512 B, 2, 8, 32 KiB); 7168 is Qwen2.5-7B in 16 bit.
+ROW_BYTES = [16, 256, 272, 512, 528, 2048, 2064, 7168, 8192, 8208]
+LARGE_ROW_BYTES = [32768, 32784, 65536]
 
 
-def golden(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x, weight = x.double(), weight.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+def rms_golden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+def layer_golden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x = x.double()
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    return (x - mean) / (variance + EPS).sqrt() * weight.double() + bias.double()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm; each function takes x, weight, bias, and ``add`` residual as its second."""
+
+    golden: Callable[..., Tensor]
+    naive: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    add: Callable[..., tuple[Tensor, Tensor]]
+
+
+RMS = Norm(
+    rms_golden,
+    lambda x, w, b: F.rms_norm(x, w.shape, w, EPS),
+    lambda x, w, b: ops.rms_norm(x, w, EPS),
+    lambda x, r, w, b: ops.add_rms_norm(x, r, w, EPS),
+)
+RMS_IN_FP32 = Norm(
+    rms_golden,
+    lambda x, w, b: F.rms_norm(x, w.shape, w, EPS),
+    lambda x, w, b: ops.rms_norm(x, w, EPS, weight_in_fp32=True),
+    lambda x, r, w, b: ops.add_rms_norm(x, r, w, EPS, weight_in_fp32=True),
+)
+LAYER = Norm(
+    layer_golden,
+    lambda x, w, b: F.layer_norm(x, w.shape, w, b, EPS),
+    lambda x, w, b: ops.layer_norm(x, w, b, EPS),
+    lambda x, r, w, b: ops.add_layer_norm(x, r, w, b, EPS),
+)
+NORMS = [
+    pytest.param(RMS, id="rms"),
+    pytest.param(RMS_IN_FP32, id="rms_in_fp32"),
+    pytest.param(LAYER, id="layer"),
+]
+SIZES = [
+    *((row_bytes, num_tokens) for row_bytes in ROW_BYTES for num_tokens in (1, 7)),
+    (512, 257),
+    pytest.param(8192, 257, marks=pytest.mark.large),
+    *(pytest.param(row_bytes, 2, marks=pytest.mark.large) for row_bytes in LARGE_ROW_BYTES),
+]
+
+
+def tensors(shape, dtype, device, count=1):
+    """``count`` tensors of ``shape``, then weight and bias, all random and unlike each other."""
+    vectors = [(shape[-1],)] * 2
+    return [torch.randn(s, dtype=dtype, device=device) for s in [shape] * count + vectors]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("row_bytes", ROW_BYTES)
-@pytest.mark.parametrize("num_tokens", [1, 7, 257])
-def test_matches_float64(num_tokens, row_bytes, dtype, device):
-    hidden_size = row_bytes // dtype.itemsize
-    x = torch.randn(num_tokens, hidden_size, dtype=dtype, device=device)
-    weight = torch.randn(hidden_size, dtype=dtype, device=device)
-    actual = ops.rms_norm(x, weight, EPS)
-    naive = torch.nn.functional.rms_norm(x, (hidden_size,), weight, EPS)
-    assert_as_accurate(actual, golden(x, weight, EPS), naive)
+@pytest.mark.parametrize(("row_bytes", "num_tokens"), SIZES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_matches_float64(norm, row_bytes, num_tokens, dtype, device):
+    x, weight, bias = tensors((num_tokens, row_bytes // dtype.itemsize), dtype, device)
+    x += 3  # a layer norm that takes the variance about zero must fail
+    actual = norm.plain(x, weight, bias)
+    assert_as_accurate(actual, norm.golden(x, weight, bias), norm.naive(x, weight, bias))
 
 
-@pytest.mark.parametrize("shape", [(0, 64), (2, 3, 64)], ids=str)
-def test_leading_dims(shape, device):
-    x, weight = torch.randn(shape, device=device), torch.randn(64, device=device)
-    flat = ops.rms_norm(x.view(-1, 64), weight, EPS)
-    assert torch.equal(ops.rms_norm(x, weight, EPS), flat.view(shape))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("row_bytes", "num_tokens"), SIZES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_add_is_the_norm_of_the_rounded_sum(norm, row_bytes, num_tokens, dtype, device):
+    shape = (num_tokens, row_bytes // dtype.itemsize)
+    x, residual, weight, bias = tensors(shape, dtype, device, count=2)
+    copies = x.clone(), residual.clone()
+    normed, new_residual = norm.add(x, residual, weight, bias)
+    assert torch.equal(new_residual, x + residual)  # one rounding: the same in any order
+    assert torch.equal(normed, norm.plain(new_residual, weight, bias))
+    assert torch.equal(x, copies[0])
+    assert torch.equal(residual, copies[1])
 
 
-def test_strided_rows(device):
-    padded = torch.full((5, 192), float("nan"), device=device)  # a read past the row shows as NaN
-    padded[:, :64] = torch.randn(5, 64)
-    x, weight = padded[:, :64], torch.randn(64, device=device)
-    assert torch.equal(ops.rms_norm(x, weight), ops.rms_norm(x.contiguous(), weight))
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64), (2, 3, 64), (2, 3, 4, 64)], ids=str)
+def test_leading_dims(shape, norm, device):
+    x, residual, weight, bias = tensors(shape, torch.float32, device, count=2)
+    flat = norm.plain(x.reshape(-1, 64), weight, bias)
+    assert torch.equal(norm.plain(x, weight, bias), flat.reshape(shape))
+    outputs = norm.add(x, residual, weight, bias)
+    flat_outputs = norm.add(x.reshape(-1, 64), residual.reshape(-1, 64), weight, bias)
+    for output, flat_output in zip(outputs, flat_outputs, strict=True):
+        assert torch.equal(output, flat_output.reshape(shape))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_heads_of_a_packed_projection(norm, dtype, device):
+    # As Qwen3 norms q and k: rows of head_dim whose batch, token and head strides do not collapse.
+    packed = torch.full((2, 3, 10 * 128), torch.nan, dtype=dtype, device=device)
+    packed[:, :, 128 : 7 * 128].normal_()
+    x = packed[:, :, 128 : 5 * 128].view(2, 3, 4, 128)
+    residual = packed[:, :, 5 * 128 : 7 * 128].view(2, 3, 2, 128).repeat(1, 1, 2, 1)
+    weight, bias = (torch.randn(128, dtype=dtype, device=device) for _ in range(2))
+    expected = norm.plain(x.contiguous(), weight, bias)
+    assert torch.equal(norm.plain(x, weight, bias), expected)
+    assert torch.equal(norm.plain(x[1:, ::2], weight, bias), expected[1:, ::2])
+    expected = norm.add(x.contiguous(), residual, weight, bias)
+    for actual, output in zip(norm.add(residual, x, weight, bias), expected, strict=True):
+        assert torch.equal(actual, output)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dims", [(1, 0, 2), (2, 1, 0), (0, 2, 1)], ids=str)
-def test_permuted_input(dims, device):
+def test_permuted_input(dims, norm, device):
     x = torch.randn(16, 24, 32, device=device).permute(dims)
-    weight = torch.randn(x.shape[-1], device=device)
-    out = ops.rms_norm(x, weight)
-    assert out.is_contiguous()
-    # 1e-6: eager PyTorch may sum a permuted row of 16-32 float32 values in another order.
-    torch.testing.assert_close(out, ops.rms_norm(x.contiguous(), weight), rtol=1e-6, atol=1e-6)
+    weight, bias = (torch.randn(x.shape[-1], device=device) for _ in range(2))
+    # 2e-6: eager PyTorch may sum a permuted row of 16-32 float32 values in another order.
+    expected = norm.plain(x.contiguous(), weight, bias)
+    outputs = (norm.plain(x, weight, bias), norm.add(x, torch.zeros_like(x), weight, bias)[0])
+    for out in outputs:
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, expected, rtol=2e-6, atol=2e-6)
 
 
-def test_unaligned_input(device):
-    flat = torch.randn(4 * 64 + 1, device=device)
-    x, weight = flat[1:].view(4, 64), torch.randn(64, device=device)
-    assert torch.equal(ops.rms_norm(x, weight), ops.rms_norm(x.clone(), weight))
+@pytest.mark.parametrize("norm", NORMS)
+def test_unaligned_tensors(norm, device):
+    flat = torch.randn(3, 4 * 64 + 1, device=device)
+    x, residual = flat[0, 1:].view(4, 64), flat[1, 1:].view(4, 64)
+    weight, bias = flat[2, 1:65], flat[2, 65:129]
+    assert torch.equal(norm.plain(x, weight, bias), norm.plain(x.clone(), weight, bias))
+    outputs = norm.add(x, residual, weight, bias)
+    expected = norm.add(x.clone(), residual.clone(), weight.clone(), bias.clone())
+    for output, aligned in zip(outputs, expected, strict=True):
+        assert torch.equal(output, aligned)
 
 
-def test_rejects_wrong_arguments(device):
-    x, weight = torch.randn(2, 64, device=device), torch.ones(64, device=device)
-    with pytest.raises(ValueError, match=r"weight must have shape \[64\], got \[65\]"):
-        ops.rms_norm(x, torch.ones(65, device=device))
-    with pytest.raises(TypeError, match=r"weight must be torch.float32, got torch.float16"):
-        ops.rms_norm(x, weight.half())
-    with pytest.raises(ValueError, match=r"multiple of 16 bytes, got shape \[2, 63\]"):
-        ops.rms_norm(x[:, :63], weight[:63])
-    with pytest.raises(TypeError, match=r"x must be float32, float16 or bfloat16, got torch.int32"):
-        ops.rms_norm(x.int(), weight)
+def test_weight_convention_decides_where_to_round(device):
+    x = torch.randn(64, 256, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(256, device=device).bfloat16()
+    x_hat = x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
+    early = (x_hat.bfloat16().double() * weight.double()).bfloat16()
+    late = (x_hat * weight.double()).bfloat16()
+    assert (early != late).float().mean() > 0.1
+    # Not exactly: a value next to a rounding boundary may fall either way in float32.
+    assert (ops.rms_norm(x, weight, EPS) != early).float().mean() < 0.01
+    assert (ops.rms_norm(x, weight, EPS, weight_in_fp32=True) != late).float().mean() < 0.01
 
 
-def test_traces_without_a_graph_break(device):
-    x, weight = torch.randn(3, 64, device=device), torch.randn(64, device=device)
-    compiled = torch.compile(
-        lambda x: ops.rms_norm(x * 2, weight), fullgraph=True, backend="aot_eager"
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_of_a_large_mean(dtype, device):
+    # mean^2 / variance = 4e6 in float32: E[x^2] - E[x]^2 would lose every digit of the variance.
+    mean = {torch.float32: 2000, torch.float16: 200, torch.bfloat16: 30}[dtype]
+    x = (torch.randn(5, 512, device=device) + mean).to(dtype)
+    weight, bias = (torch.randn(512, dtype=dtype, device=device) for _ in range(2))
+    golden = layer_golden(x, weight, bias)
+    assert_as_accurate(
+        ops.layer_norm(x, weight, bias, EPS), golden, F.layer_norm(x, (512,), weight, bias, EPS)
     )
-    torch.testing.assert_close(compiled(x), ops.rms_norm(x * 2, weight))
 
 
-def test_opcheck(device):
-    args = (torch.randn(3, 64, device=device), torch.randn(64, device=device), EPS, False)
-    torch.library.opcheck(torch.ops.fastshard.rms_norm.default, args)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_weight", [False, True])
+def test_layer_norm_without_weight_or_bias(has_weight, has_bias, device):
+    x, residual, weight, bias = tensors((3, 64), torch.float32, device, count=2)
+    expected = (
+        weight if has_weight else torch.ones(64, device=device),
+        bias if has_bias else torch.zeros(64, device=device),
+    )
+    given = weight if has_weight else None, bias if has_bias else None
+    assert torch.equal(ops.layer_norm(x, *given), ops.layer_norm(x, *expected))
+    outputs = ops.add_layer_norm(x, residual, *given)
+    for output, full in zip(outputs, ops.add_layer_norm(x, residual, *expected), strict=True):
+        assert torch.equal(output, full)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_rejects_wrong_x_and_weight(norm, device):
+    x, weight = torch.randn(2, 64, device=device), torch.ones(64, device=device)
+    for call in (
+        lambda x, w: norm.plain(x, w, None if norm is LAYER else weight),
+        lambda x, w: norm.add(x, x, w, None if norm is LAYER else weight),
+    ):
+        with pytest.raises(ValueError, match=r"weight must have shape \[64\], got \[65\]"):
+            call(x, torch.ones(65, device=device))
+        with pytest.raises(ValueError, match=r"weight must have shape \[64\], got \[1, 64\]"):
+            call(x, weight[None])
+        with pytest.raises(TypeError, match=r"weight must be torch.float32, got torch.float16"):
+            call(x, weight.half())
+        with pytest.raises(ValueError, match=r"weight must be on \w+(:0)?, got meta"):
+            call(x, weight.to("meta"))
+        with pytest.raises(ValueError, match=r"multiple of 16 bytes, got shape \[2, 63\]"):
+            call(x[:, :63], weight[:63])
+        with pytest.raises(ValueError, match=r"multiple of 16 bytes, got shape \[2, 0\]"):
+            call(x[:, :0], weight[:0])
+        with pytest.raises(ValueError, match=r"multiple of 16 bytes, got shape \[\]"):
+            call(x[0, 0], weight)
+        with pytest.raises(TypeError, match=r"x must be float32, float16 or bfloat16, got torch"):
+            call(x.int(), weight)
+        row = torch.ones(16388, device=device)
+        with pytest.raises(ValueError, match=r"at most 65536 bytes, got 16388 elements of 4 bytes"):
+            call(row[None], row)
+
+
+@pytest.mark.parametrize("norm", [RMS, LAYER], ids=["rms", "layer"])
+def test_rejects_wrong_residual(norm, device):
+    x, weight = torch.randn(2, 64, device=device), torch.ones(64, device=device)
+    with pytest.raises(ValueError, match=r"residual must have shape \[2, 64\], got \[64\]"):
+        norm.add(x, x[0], weight, weight)
+    with pytest.raises(TypeError, match=r"residual must be torch.float32, got torch.bfloat16"):
+        norm.add(x, x.bfloat16(), weight, weight)
+    with pytest.raises(ValueError, match=r"residual must be on \w+(:0)?, got meta"):
+        norm.add(x, x.to("meta"), weight, weight)
+
+
+def test_rejects_wrong_bias(device):
+    x, weight = torch.randn(2, 64, device=device), torch.ones(64, device=device)
+    for call in (ops.layer_norm, lambda x, w, b: ops.add_layer_norm(x, x, w, b)):
+        with pytest.raises(ValueError, match=r"bias must have shape \[64\], got \[32\]"):
+            call(x, weight, weight[:32])
+        with pytest.raises(TypeError, match=r"bias must be torch.float32, got torch.float16"):
+            call(x, weight, weight.half())
+        with pytest.raises(ValueError, match=r"bias must be on \w+(:0)?, got meta"):
+            call(x, weight, weight.to("meta"))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_traces_without_a_graph_break(norm, device):
+    x, residual, weight, bias = tensors((3, 64), torch.float32, device, count=2)
+
+    def both(x, residual):
+        normed, new_residual = norm.add(x * 2, residual, weight, bias)
+        return norm.plain(normed, weight, bias), new_residual
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, residual), both(x, residual))
+
+
+OPCHECK_ARGUMENTS = {
+    "rms_norm": lambda x, r, w, b: (x, w, EPS, False),
+    "add_rms_norm": lambda x, r, w, b: (x, r, w, EPS, True),
+    "layer_norm": lambda x, r, w, b: (x, w, b, EPS),
+    "add_layer_norm": lambda x, r, w, b: (x, r, None, b, EPS),
+}
+
+
+@pytest.mark.parametrize("op_name", OPCHECK_ARGUMENTS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(op_name, transposed, device):
+    x, residual, weight, bias = tensors((4, 3, 64), torch.float32, device, count=2)
+    if transposed:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    op = getattr(torch.ops.fastshard, op_name).default
+    torch.library.opcheck(op, OPCHECK_ARGUMENTS[op_name](x, residual, weight, bias))

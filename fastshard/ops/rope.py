@@ -1,0 +1,259 @@
+"""Rotary position embedding, alone and fused with the append of k and v to the cache.
+
+CUDA kernel: csrc/rope, bound in csrc/ops/rope.cpp. The CPU reference is the specification.
+"""
+
+import torch
+from torch import Tensor
+
+from fastshard.ops._checks import check_device, check_dtype, check_floating, check_like, check_shape
+from fastshard.ops._library import Cost, cost, define
+
+define("apply_rope(Tensor x, Tensor table, Tensor positions, bool interleaved) -> Tensor")
+define(
+    "rope_append(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor positions,"
+    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor(c!) overflow,"
+    " bool interleaved) -> Tensor"
+)
+
+
+def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate each head of ``x`` by the angles of its position.
+
+    Args:
+        x: ``[b, s, num_heads, head_dim]``, float32, float16 or bfloat16; any strides, the last 1.
+        table: ``[max_positions, rotary_dim // 2, 2]``, float32, contiguous: cosine and sine.
+            ``rotary_dim <= head_dim``; elements from ``rotary_dim`` on pass through.
+        positions: ``[b, s]`` or ``[s]``, int64: rows of ``table``.
+        interleaved: Rotate the pairs ``(2i, 2i + 1)``, as torchtune's Llama; else ``(i, i +
+            rotary_dim // 2)``, as Hugging Face.
+
+    Returns:
+        ``[b, s, num_heads, head_dim]``, contiguous, dtype of ``x``. Computed in float32, rounded
+        once. A token whose position lies outside the table comes out as NaN: positions stay on
+        the device, where nothing can be raised.
+
+    Raises:
+        ValueError: A shape, stride or device is not as above.
+        TypeError: A dtype is not as above.
+
+    Source: Su et al. 2021 (RoFormer), eq. 34.
+    """
+    _check_heads("x", x)
+    _check_table(table, x)
+    positions = _per_token("positions", positions, x)
+    return torch.ops.fastshard.apply_rope.default(x, table, positions, interleaved)
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    overflow: Tensor,
+    *,
+    interleaved: bool,
+) -> Tensor:
+    """Rotate q and k, and write k and v into the cache: updates both caches and ``overflow``.
+
+    Token ``j`` of batch row ``i`` goes to ``cache[i, :, slots[i, j], :]``; two tokens of one row
+    must not share a slot. A token whose slot lies outside the cache, or whose position lies
+    outside the table, is not written, its q is zeros, and ``overflow[0]`` becomes 1: indices stay
+    on the device, so the host looks at the flag when it next reads from there.
+
+    Args:
+        q: ``[b, s, num_qo_heads, head_dim]``, float32, float16 or bfloat16; any strides, the last
+            1 (so q, k and v may be slices of one packed projection).
+        k: ``[b, s, num_kv_heads, head_dim]``, dtype and device of ``q``; any strides, the last 1.
+        v: As ``k``.
+        table: As in :func:`apply_rope`; None appends without rotation and ignores ``positions``.
+        positions: ``[b, s]`` or ``[s]``, int64: rows of ``table``.
+        k_cache: ``[B, num_kv_heads, max_seq_len, head_dim]``, ``B >= b``, dtype and device of
+            ``q``; any strides, the last 1. Written in place.
+        v_cache: As ``k_cache``. Written in place.
+        slots: ``[b, s]`` or ``[s]``, int64: rows of the caches.
+        overflow: ``[1]``, int32: set to 1 where a token was out of range, else left alone.
+        interleaved: As in :func:`apply_rope`.
+
+    Returns:
+        The rotated q: ``[b, s, num_qo_heads, head_dim]``, contiguous, dtype of ``q``.
+
+    Raises:
+        ValueError: A shape, stride or device is not as above.
+        TypeError: A dtype is not as above.
+
+    Source: Su et al. 2021 (RoFormer), eq. 34.
+    """
+    _check_heads("q", q)
+    b, s, _, head_dim = q.shape
+    for name, tensor in (("k", k), ("v", v)):
+        _check_heads(name, tensor)
+        check_like(name, tensor, q)
+        check_shape(name, tensor, (b, s, k.shape[2], head_dim))
+    if table is not None:
+        _check_table(table, q)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_like(name, cache, q)
+        if cache.dim() != 4 or cache.stride(3) != 1:
+            raise ValueError(
+                f"{name} must be [batch, num_kv_heads, max_seq_len, head_dim] with unit last "
+                f"stride, got shape {list(cache.shape)} and strides {list(cache.stride())}"
+            )
+        if cache.shape[0] < b:
+            raise ValueError(
+                f"{name} must hold at least the {b} rows of q's batch, got {cache.shape[0]}"
+            )
+        check_shape(name, cache, (k_cache.shape[0], k.shape[2], k_cache.shape[2], head_dim))
+    positions = _per_token("positions", positions, q)
+    slots = _per_token("slots", slots, q)
+    check_dtype("overflow", overflow, torch.int32)
+    check_device("overflow", overflow, q.device)
+    check_shape("overflow", overflow, (1,))
+    return torch.ops.fastshard.rope_append.default(
+        q, k, v, table, positions, k_cache, v_cache, slots, overflow, interleaved
+    )
+
+
+def _check_heads(name: str, x: Tensor) -> None:
+    check_floating(name, x)
+    if x.dim() != 4 or x.stride(3) != 1:
+        raise ValueError(
+            f"{name} must be [batch, seq_len, num_heads, head_dim] with unit last stride, "
+            f"got shape {list(x.shape)} and strides {list(x.stride())}"
+        )
+
+
+def _check_table(table: Tensor, x: Tensor) -> None:
+    check_dtype("table", table, torch.float32)
+    check_device("table", table, x.device)
+    if table.dim() != 3 or table.shape[2] != 2 or not table.is_contiguous():
+        raise ValueError(
+            "table must be a contiguous [max_positions, rotary_dim // 2, 2], "
+            f"got shape {list(table.shape)} and strides {list(table.stride())}"
+        )
+    if 2 * table.shape[1] > x.shape[3]:
+        raise ValueError(
+            f"table must rotate at most head_dim = {x.shape[3]} elements, "
+            f"got rotary_dim {2 * table.shape[1]}"
+        )
+
+
+def _per_token(name: str, index: Tensor, x: Tensor) -> Tensor:
+    """A ``[b, s]`` view of an index tensor that may be ``[s]``."""
+    check_dtype(name, index, torch.int64)
+    check_device(name, index, x.device)
+    b, s = x.shape[:2]
+    if tuple(index.shape) not in ((b, s), (s,)):
+        raise ValueError(f"{name} must have shape [{b}, {s}] or [{s}], got {list(index.shape)}")
+    return index.expand(b, s)
+
+
+@torch.library.register_fake("fastshard::apply_rope")
+def _(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    return x.new_empty(x.shape)  # contiguous, whatever the strides of x
+
+
+@torch.library.register_fake("fastshard::rope_append")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    overflow: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.impl("fastshard::apply_rope", "cpu")
+def _(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    out = _rotate(x, table, positions, interleaved)
+    return out.masked_fill_(~_inside(positions, table.shape[0])[:, :, None, None], torch.nan)
+
+
+@torch.library.impl("fastshard::rope_append", "cpu")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    overflow: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    valid = _inside(slots, k_cache.shape[2])
+    if table is None:
+        q = q.clone(memory_format=torch.contiguous_format)
+    else:
+        valid &= _inside(positions, table.shape[0])
+        q = _rotate(q, table, positions, interleaved)
+        k = _rotate(k, table, positions, interleaved)
+    row, token = valid.nonzero(as_tuple=True)
+    k_cache[row, :, slots[row, token]] = k[row, token]
+    v_cache[row, :, slots[row, token]] = v[row, token]
+    if not valid.all():
+        overflow.fill_(1)
+    return q.masked_fill_(~valid[:, :, None, None], 0)
+
+
+def _inside(index: Tensor, size: int) -> Tensor:
+    return (index >= 0) & (index < size)
+
+
+def _rotate(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """A rotated contiguous copy of ``x``; any values where a position is outside the table."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    max_positions, num_pairs, _ = table.shape
+    if max_positions == 0 or num_pairs == 0:
+        return out
+    cos, sin = table[positions.clamp(0, max_positions - 1)][:, :, None].unbind(-1)
+    if interleaved:
+        first, second = slice(0, 2 * num_pairs, 2), slice(1, 2 * num_pairs, 2)
+    else:
+        first, second = slice(0, num_pairs), slice(num_pairs, 2 * num_pairs)
+    x1, x2 = x[..., first].float(), x[..., second].float()
+    out[..., first] = (x1 * cos - x2 * sin).to(x.dtype)
+    out[..., second] = (x2 * cos + x1 * sin).to(x.dtype)
+    return out
+
+
+@cost("apply_rope")
+def _(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool) -> Cost:
+    row_bytes = table.shape[1] * 8  # each position's row of the table, read once
+    return Cost(
+        bytes=2 * x.numel() * x.element_size() + positions.numel() * (8 + row_bytes),
+        flops=x.numel() // max(x.shape[3], 1) * table.shape[1] * 6,
+    )
+
+
+@cost("rope_append")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    overflow: Tensor,
+    interleaved: bool,
+) -> Cost:
+    num_elements = q.numel() + k.numel() + v.numel()
+    num_pairs = 0 if table is None else table.shape[1]
+    index_bytes = 8 if table is None else 16 + 8 * num_pairs  # slot, position, row of the table
+    return Cost(
+        bytes=2 * num_elements * q.element_size() + slots.numel() * index_bytes,
+        flops=(q.numel() + k.numel()) // max(q.shape[3], 1) * num_pairs * 6,
+    )
