@@ -2,6 +2,9 @@
 
 The ``device`` fixture runs a test on up to three devices: ``cpu`` (the CPU reference), ``emulator``
 (the CUDA kernel sources, compiled by g++, in place of the CPU reference) and ``cuda``.
+
+A test on the emulator must call an emulated op: else it would prove nothing about the kernels.
+Tests of argument errors, those that call ``pytest.raises``, need not.
 """
 
 import os
@@ -9,11 +12,15 @@ import os
 import pytest
 import torch
 
+from emulator import runtime
+from emulator.build import MissingTool
+
 DEVICES = [
     "cpu",
     pytest.param("emulator", marks=pytest.mark.emulator),
     pytest.param("cuda", marks=pytest.mark.cuda),
 ]
+NO_GPU = "there is no CUDA device"
 
 
 def skip_or_fail(variable: str, reason: str) -> None:
@@ -27,7 +34,38 @@ def skip_or_fail(variable: str, reason: str) -> None:
 def device(request):
     torch.manual_seed(0)
     if request.param == "cuda" and not torch.cuda.is_available():
-        skip_or_fail("FASTSHARD_REQUIRE_GPU", "there is no CUDA device")
-    if request.param == "emulator":
-        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", "the emulator is not built")
-    return torch.device(request.param)
+        skip_or_fail("FASTSHARD_REQUIRE_GPU", NO_GPU)
+    if request.param != "emulator":
+        yield torch.device(request.param)
+        return
+
+    def missing(op: str) -> None:
+        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"csrc has no kernel of {op} yet")
+
+    try:
+        kernels = runtime.kernels()
+    except MissingTool as error:
+        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"the emulator cannot be built: {error}")
+    with runtime.emulated(kernels, missing) as calls:
+        yield torch.device("cpu")
+    expects_errors = "raises" in request.function.__code__.co_names
+    if not calls and not expects_errors:
+        pytest.fail("the test called no emulated op")
+
+
+def pytest_collection_modifyitems(config, items):
+    too_large = [
+        item
+        for item in items
+        if item.get_closest_marker("emulator") and item.get_closest_marker("large")
+    ]
+    if too_large:
+        config.hook.pytest_deselected(items=too_large)
+        items[:] = [item for item in items if item not in set(too_large)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(NO_GPU in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} GPU tests were skipped: {NO_GPU}")

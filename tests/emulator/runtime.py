@@ -1,0 +1,85 @@
+"""Puts the emulated kernels in place of the CPU references of ``torch.ops.fastshard``."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from emulator.build import build
+
+NAMESPACE = "fastshard_emulator"
+_definitions: list[torch.library.Library] = []  # torch forgets a library's ops when it is deleted
+
+
+def op_names() -> list[str]:
+    """Every op of the installed package, without its namespace."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(n.removeprefix("fastshard::") for n in names if n.startswith("fastshard::"))
+
+
+def load(library: Path) -> dict[str, Callable]:
+    """Load an emulator library; may be called once in a process.
+
+    Returns:
+        Op name -> its emulated kernel, for the ops whose C++ boundary the library holds.
+    """
+    definitions = torch.library.Library(NAMESPACE, "DEF")
+    for name in op_names():
+        schema = str(getattr(torch.ops.fastshard, name).default._schema)
+        definitions.define(schema.removeprefix("fastshard::"))
+    _definitions.append(definitions)
+    torch.ops.load_library(str(library))
+    return {
+        name: getattr(getattr(torch.ops, NAMESPACE), name).default
+        for name in op_names()
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    }
+
+
+@functools.cache
+def kernels() -> dict[str, Callable]:
+    """The emulated kernels of the checkout's csrc, built on the first call.
+
+    Raises:
+        MissingTool: This machine has no compiler, or no CUDA headers.
+    """
+    return load(build(Path(tempfile.mkdtemp(prefix="fastshard-emulator-"))))
+
+
+@contextmanager
+def emulated(
+    kernels: dict[str, Callable], missing: Callable[[str], None]
+) -> Iterator[Counter[str]]:
+    """Run the ops of ``fastshard`` on CPU tensors by `kernels` while the context lasts.
+
+    Args:
+        kernels: As `load` returns them.
+        missing: Called with the name of an op that has no kernel when it is called; must raise.
+
+    Yields:
+        How often each op was called, those without a kernel too.
+    """
+    calls: Counter[str] = Counter()
+
+    def stand_in(name: str) -> Callable:
+        def call(*args, **kwargs):
+            calls[name] += 1
+            if name not in kernels:
+                missing(name)
+            return kernels[name](*args, **kwargs)
+
+        return call
+
+    implementations = torch.library.Library("fastshard", "IMPL")
+    for name in op_names():
+        implementations.impl(name, stand_in(name), "CPU", allow_override=True)
+    try:
+        yield calls
+    finally:
+        implementations._destroy()
