@@ -22,15 +22,17 @@ Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, bool wei
   const int64_t hidden_size = x.size(x.dim() - 1);
   FS_CHECK_LIKE(weight, x);
   FS_CHECK_VECTOR(weight, hidden_size);
-  STD_TORCH_CHECK(is_aligned16(weight) && hidden_size > 0 && hidden_size * int64_t(x.element_size()) % 16 == 0,
+  STD_TORCH_CHECK(hidden_size > 0 && hidden_size * int64_t(x.element_size()) % 16 == 0,
                   "rms_norm: rows and weight must be whole 16-byte vectors, got hidden_size ", hidden_size);
 
   const DeviceGuard guard(x);
   Tensor out = torch::stable::new_empty(x, shape_of(x));  // contiguous, whatever x's strides
   if (out.numel() == 0) return out;
   const Tensor rows = as_rows(x, hidden_size);
-  const RmsNormParams params{rows.const_data_ptr(), weight.const_data_ptr(), out.mutable_data_ptr(), rows.stride(0),
-                             rows.size(0),          int(hidden_size),        float(eps),             weight_in_fp32};
+  const Tensor aligned_weight = is_aligned16(weight) ? weight : torch::stable::clone(weight);
+  const RmsNormParams params{rows.const_data_ptr(), aligned_weight.const_data_ptr(), out.mutable_data_ptr(),
+                             rows.stride(0),        rows.size(0),                    int(hidden_size),
+                             float(eps),            weight_in_fp32};
   const cudaStream_t stream = current_stream(x);
   switch (x.scalar_type()) {
     case ScalarType::Float:    rms_norm<float>(params, stream); break;

@@ -3,8 +3,8 @@
 // How it works
 //   Every CUDA thread is a fiber (fiber.h) that runs until it must wait: at a warp collective (shuffle, ballot,
 //   ldmatrix, mma, __syncwarp), at __syncthreads or at grid_sync. The last thread to arrive computes the results of all
-//   and releases them. So threads run in an order that no GPU guarantees, and a kernel that forgets a barrier reads what
-//   is not there yet. The blocks of an ordinary launch run one after another, those of a cooperative launch together.
+//   and releases them. So threads run in an order that no GPU guarantees, and a kernel that forgets a barrier reads
+//   what is not there yet. Blocks of an ordinary launch run one after another, those of a cooperative launch together.
 //   The folder of this file comes before csrc and the CUDA toolkit on the include path: it shadows cuda_runtime.h,
 //   common/launch.cuh and common/ptx.cuh and nothing else; kernels and torch boundary are the product's.
 //
