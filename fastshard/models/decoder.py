@@ -1,0 +1,328 @@
+"""ShardTransformerDecoder: the layers of one shard, with torchtune's names and global indices.
+
+Reads top to bottom: build the parts this shard holds, check the inputs, run them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastshard import ops
+from fastshard.models.config import ModelConfig
+from fastshard.models.shard import Shard
+from fastshard.nn import (
+    CacheStep,
+    FeedForward,
+    KVCache,
+    Linear,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryEmbedding,
+    TransformerSelfAttentionLayer,
+)
+from fastshard.nn.linear import random_weight
+from fastshard.nn.rope import token_positions
+
+
+def GeneralMHA(
+    config: ModelConfig | Mapping,
+    shard: Shard,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> "ShardTransformerDecoder":
+    """Build the decoder of ``shard`` for any of the families; ``config`` may be a plain dict."""
+    return ShardTransformerDecoder(config, shard, device=device, dtype=dtype)
+
+
+class ShardTransformerDecoder(nn.Module):
+    """Layers ``shard.start_layer`` to ``shard.end_layer``, both included, of a model.
+
+    Attributes:
+        config: ``ModelConfig``.
+        shard: ``Shard``.
+        tok_embeddings: On the first shard, and on the last where the head is tied to it; or None.
+        layers: Global index, as a string -> layer.
+        norm: On the last shard, or None.
+        output: The head, on the last shard where it is not tied, or None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | Mapping,
+        shard: Shard,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """Build with random weights; ``device="meta"`` allocates nothing (then ``to_empty``).
+
+        Raises:
+            ValueError: the config is incomplete, or has not the shard's number of layers.
+        """
+        super().__init__()
+        if not isinstance(config, ModelConfig):
+            config = ModelConfig.from_dict(config, shard.model_id)
+        if config.num_layers != shard.n_layers:
+            raise ValueError(
+                f"n_layers of the shard must be the config's num_layers={config.num_layers}, "
+                f"got {shard.n_layers}"
+            )
+        self.config = config
+        self.shard = shard
+        self.max_seq_len = config.max_seq_len
+        placed = {"device": device, "dtype": dtype}
+        is_first, is_last = shard.is_first_layer(), shard.is_last_layer()
+        is_tied = config.tie_word_embeddings
+        size = (config.vocab_size, config.hidden_size)
+
+        self.tok_embeddings = None
+        if is_first or (is_last and is_tied):
+            self.tok_embeddings = nn.Embedding(*size, _weight=random_weight(*size, device, dtype))
+        rope = RotaryEmbedding(
+            config.rotary_dim,
+            config.max_seq_len,
+            config.rope_base,
+            scaling=config.rope_scaling,
+            interleaved=config.rope_interleaved,
+            device=device,
+        )
+        self.layers = nn.ModuleDict({str(i): _layer(config, i, rope, placed) for i in shard.layers})
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, **placed) if is_last else None
+        self.output = None
+        if is_last and not is_tied:
+            self.output = Linear(random_weight(*size, device, dtype))
+        self.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self._any_layer.sa_norm.scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._any_layer.sa_norm.scale.dtype
+
+    @property
+    def _any_layer(self) -> TransformerSelfAttentionLayer:
+        return self.layers[str(self.shard.start_layer)]
+
+    # Caches: every layer has its own and counts; they count the same.
+
+    def setup_caches(
+        self,
+        batch_size: int,
+        dtype: torch.dtype,
+        *,
+        encoder_max_seq_len: int | None = None,
+        decoder_max_seq_len: int | None = None,
+    ) -> None:
+        """Allocate and enable every layer's cache; earlier ones are dropped.
+
+        Args:
+            batch_size: Most rows.
+            dtype: That of the weights.
+            encoder_max_seq_len: torchtune's; ignored.
+            decoder_max_seq_len: Slots, by default and at most the config's ``max_seq_len``.
+        """
+        for layer in self.layers.values():
+            layer.setup_caches(
+                batch_size, dtype, decoder_max_seq_len=decoder_max_seq_len or self.max_seq_len
+            )
+
+    def caches_are_setup(self) -> bool:
+        return self._any_layer.caches_are_setup()
+
+    def caches_are_enabled(self) -> bool:
+        return self._any_layer.caches_are_enabled()
+
+    def reset_caches(self) -> None:
+        """Empty every cache, for the next prompt.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        for layer in self.layers.values():
+            layer.reset_cache()
+
+    @property
+    def any_cache(self) -> KVCache | None:
+        """One layer's cache: all have the same shape and size."""
+        return self._any_layer.attn.kv_cache
+
+    @property
+    def cache_size(self) -> int:
+        """Tokens held in the caches; 0 without."""
+        return self.any_cache.size if self.caches_are_setup() else 0
+
+    def next_step(self, num_rows: int, num_tokens: int, start: int | None = None) -> CacheStep:
+        """Say where tokens go, as ``KVCache.next_step``; the same for every layer."""
+        return self.any_cache.next_step(num_rows, num_tokens, start)
+
+    def advance(self, num_rows: int, num_tokens: int) -> None:
+        """Count ``num_tokens`` more tokens in every cache as held."""
+        for layer in self.layers.values():
+            layer.attn.kv_cache.advance(num_rows, num_tokens)
+
+    def raise_on_overflow(self) -> None:
+        """Raise if a token since ``reset_caches`` was out of range; waits for the device."""
+        self.any_cache.raise_on_overflow()
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        hidden_state: Tensor | None = None,
+        first_key: Tensor | None = None,
+        step: CacheStep | None = None,
+        num_logits: int | None = None,
+    ) -> Tensor:
+        """Run the shard's layers.
+
+        Args:
+            tokens: ``[b, s]`` int64 or int32, on a first shard only.
+            mask: ``[b | 1, s, S]`` over keys, or with caches over slots (S at least those in use):
+                bool, True = attend, or floating, added. None: causal, with caches too.
+            input_pos: ``[b | 1, s]``, ``[s]`` or 0-d positions for RoPE; by default they count on
+                from what the cache holds, and from ``first_key``.
+            hidden_state: ``[b, s, hidden_size]`` in the model's dtype, on other shards only.
+            first_key: ``[b]``, keys before it (left padding) are not attended to.
+            step: What ``next_step`` gave, where the caller counts (``advance``). Then the pass
+                reads no host state: it compiles once and can be captured in a CUDA graph.
+            num_logits: Logits of this many last tokens only.
+
+        Returns:
+            Of the last shard logits, ``[b, s, vocab_size]`` float32; else the hidden state after
+            the shard's last layer, ``[b, s, hidden_size]`` in the model's dtype.
+
+        Raises:
+            ValueError: a shape, device or value does not fit, or the cache is full.
+            TypeError: a dtype is wrong.
+        """
+        b, s = self.check_input(tokens, hidden_state)
+        is_counting = step is None and self.caches_are_enabled()
+        if is_counting:
+            step = self.next_step(b, s)
+        self.check_mask(mask, first_key, b, s, self.cache_size + s if is_counting else s)
+        if input_pos is None:
+            positions = self._count_positions(first_key, s, step)
+        else:
+            positions = self.check_positions(input_pos, b, s)
+
+        h = hidden_state if tokens is None else self.tok_embeddings(tokens)  # [b, s, hidden_size]
+        for layer in self.layers.values():
+            h = layer(h, mask=mask, input_pos=positions, first_key=first_key, step=step)
+        if is_counting:
+            self.advance(b, s)
+        if not self.shard.is_last_layer():
+            return h
+        return self.unembed(h if num_logits is None else h[:, -num_logits:])
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Norm and head: ``[b, s, hidden_size]`` to ``[b, s, vocab_size]`` float32."""
+        head = self.tok_embeddings if self.output is None else self.output
+        return ops.linear(self.norm(h), head.weight).float()
+
+    def check_input(self, tokens: Tensor | None, hidden_state: Tensor | None) -> tuple[int, int]:
+        """Return (b, s), or raise what is wrong with the one input that this shard takes."""
+        wanted, other = ("tokens", "hidden_state")
+        if not self.shard.is_first_layer():
+            wanted, other = other, wanted
+        given = {"tokens": tokens, "hidden_state": hidden_state}
+        x = given[wanted]
+        if x is None or given[other] is not None:
+            names = [name for name, value in given.items() if value is not None]
+            raise ValueError(
+                f"{wanted} and no {other} must be given to layers {self.shard.start_layer} to "
+                f"{self.shard.end_layer}, got {' and '.join(names) or 'none of them'}"
+            )
+        if wanted == "tokens":
+            if x.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"tokens must be int64 or int32, got {x.dtype}")
+            if x.dim() != 2 or x.numel() == 0:
+                raise ValueError(f"tokens must be [b, s] of at least one, got {list(x.shape)}")
+            _check_range("tokens", x, self.config.vocab_size)
+        else:
+            size = self.config.hidden_size
+            if x.dtype != self.dtype:
+                raise TypeError(f"hidden_state must be {self.dtype}, got {x.dtype}")
+            if x.dim() != 3 or x.shape[2] != size or x.numel() == 0:
+                raise ValueError(f"hidden_state must be [b, s, {size}], got {list(x.shape)}")
+        if x.device != self.device:
+            raise ValueError(f"{wanted} must be on {self.device}, got {x.device}")
+        return x.shape[0], x.shape[1]
+
+    def check_mask(
+        self, mask: Tensor | None, first_key: Tensor | None, b: int, s: int, num_keys: int
+    ) -> None:
+        """Raise unless the mask has b or 1 batches of s rows of at least ``num_keys`` columns, and
+        ``first_key`` b numbers."""
+        for name, tensor in (("mask", mask), ("first_key", first_key)):
+            if tensor is not None and tensor.device != self.device:
+                raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+        if first_key is not None and tuple(first_key.shape) != (b,):
+            raise ValueError(f"first_key must have shape [{b}], got {list(first_key.shape)}")
+        if mask is None:
+            return
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"mask must be bool or floating, got {mask.dtype}")
+        if mask.dim() != 3 or mask.shape[0] not in (1, b) or mask.shape[1] != s:
+            raise ValueError(f"mask must be [1 or {b}, {s}, S], got shape {list(mask.shape)}")
+        if mask.shape[2] < num_keys:
+            raise ValueError(f"mask must cover all {num_keys} keys, got shape {list(mask.shape)}")
+
+    def check_positions(self, input_pos: Tensor, b: int, s: int) -> Tensor:
+        """Return ``input_pos`` as ``[b, s]`` or ``[s]`` int64, or raise what is wrong with it."""
+        if input_pos.device != self.device:
+            raise ValueError(f"input_pos must be on {self.device}, got {input_pos.device}")
+        positions = token_positions(input_pos, b, s)
+        _check_range("input_pos", positions, self.max_seq_len)
+        return positions
+
+    def _count_positions(self, first_key: Tensor | None, s: int, step: CacheStep | None) -> Tensor:
+        """``[b, s]`` or ``[s]``: the tokens' places in the sequence, without its left padding."""
+        if step is None and s > self.max_seq_len:
+            raise ValueError(f"tokens must be at most max_seq_len={self.max_seq_len}, got {s}")
+        slots = torch.arange(s, device=self.device) if step is None else step.slots
+        if first_key is None:
+            return slots
+        return (slots - first_key[:, None]).clamp(min=0)
+
+
+def _check_range(name: str, values: Tensor, limit: int) -> None:
+    """Raise unless all are in [0, limit); looks at CPU tensors only, for a GPU would have to wait.
+
+    On a GPU an out-of-range position sets the cache's flag, see ``raise_on_overflow``.
+    """
+    if torch.compiler.is_compiling() or values.device.type != "cpu":
+        return
+    low, high = (int(value) for value in torch.aminmax(values))
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} must be in [0, {limit}), got {low if low < 0 else high}")
+
+
+def _layer(config: ModelConfig, index: int, rope: RotaryEmbedding, placed: dict):
+    """The layer with this global index."""
+    hidden_size, head_dim, eps = config.hidden_size, config.head_dim, config.norm_eps
+    attn = MultiHeadAttention(
+        embed_dim=hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=head_dim,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        pos_embeddings=rope,
+        q_norm=RMSNorm(head_dim, eps, **placed) if config.qk_norm else None,
+        k_norm=RMSNorm(head_dim, eps, **placed) if config.qk_norm else None,
+        max_seq_len=config.max_seq_len,
+        window=config.window(index),
+        **placed,
+    )
+    return TransformerSelfAttentionLayer(
+        attn,
+        FeedForward(hidden_size, config.intermediate_size, activation=config.hidden_act, **placed),
+        sa_norm=RMSNorm(hidden_size, eps, **placed),
+        mlp_norm=RMSNorm(hidden_size, eps, **placed),
+    )

@@ -1,0 +1,181 @@
+"""Linear layers: one alone, and several over the same input whose weights are one tensor.
+
+``PackedLinears`` is why no weight is copied, cast or concatenated in a forward pass: the ops read
+the packed tensor, and the parameters that a state dict sees are views of its rows.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastshard import ops
+
+
+def random_weight(
+    out_features: int,
+    in_features: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """``[out_features, in_features]``, normal: outputs are as large as inputs."""
+    weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+    return weight.normal_(std=in_features**-0.5)
+
+
+class Linear(nn.Module):
+    """``x @ weight.T + bias``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """Take ``weight``, ``[out_features, in_features]``, and ``bias``, ``[out_features]``."""
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Map ``x``, ``[..., in_features]``, to ``[..., out_features]``, plus ``residual``."""
+        return ops.linear(x, self.weight, self.bias, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class _LinearView(Linear):
+    """A linear layer whose parameters are rows of its parent's packed tensors.
+
+    It moves and casts with the parent only. Assigning to a parameter writes through.
+    """
+
+    def _apply(self, fn, recurse=True):
+        return self
+
+    def __setattr__(self, name, value):
+        bound = self.__dict__.get("_parameters", {}).get(name)
+        if bound is None or not isinstance(value, Tensor) or self.__dict__.get("_is_loading"):
+            super().__setattr__(name, value)
+            return
+        if value.shape != bound.shape:
+            raise ValueError(f"{name} must have shape {list(bound.shape)}, got {list(value.shape)}")
+        bound.data.copy_(value)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.__dict__["_is_loading"] = True  # assign=True replaces parameters; the parent repacks
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            del self.__dict__["_is_loading"]
+
+
+class PackedLinears(nn.Module):
+    """Base of a module that computes several of its linear layers at once.
+
+    Attributes:
+        packed_weight: ``[sum of out_features, in_features]``; no parameter itself. Its rows are the
+            weights of the named children, which stay views of it through ``.to()`` and the like,
+            ``load_state_dict`` (``assign=True`` too), ``deepcopy`` and pickling.
+        packed_bias: ``[sum of out_features]`` or None.
+    """
+
+    packed_weight: Tensor
+    packed_bias: Tensor | None
+
+    def pack(
+        self,
+        out_features: dict[str, int],
+        in_features: int,
+        *,
+        bias: bool = False,
+        interleaved: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Create the packed tensors, random, and the children that are views of them.
+
+        Args:
+            out_features: Name of each child -> its rows.
+            in_features: Columns.
+            bias: Whether the children have one.
+            interleaved: Row i of every child, then row i + 1 (all children of one size); else one
+                child's rows after the other's.
+            device: By default PyTorch's.
+            dtype: By default PyTorch's.
+        """
+        total = sum(out_features.values())
+        self._packed_rows: dict[str, slice] = {}
+        start = 0
+        for index, (name, rows) in enumerate(out_features.items()):
+            self._packed_rows[name] = (
+                slice(index, None, len(out_features)) if interleaved else slice(start, start + rows)
+            )
+            start += rows
+        self.packed_weight = random_weight(total, in_features, device, dtype)
+        self.packed_bias = self.packed_weight.new_zeros(total) if bias else None
+        for name, rows in self._packed_rows.items():
+            child_bias = None if self.packed_bias is None else self.packed_bias[rows]
+            self.add_module(name, _LinearView(self.packed_weight[rows], child_bias))
+        self.register_load_state_dict_post_hook(_repack_after_load)
+
+    def _views(self):
+        """Yield child, name of its parameter, and the rows of the packed tensor it should be."""
+        for name, rows in self._packed_rows.items():
+            child = self._modules[name]
+            yield child, "weight", self.packed_weight[rows]
+            if self.packed_bias is not None:
+                yield child, "bias", self.packed_bias[rows]
+
+    def _repack(self) -> None:
+        """Make every parameter a view again, keeping its values, after some were replaced."""
+        parts = [(child._parameters[name], view) for child, name, view in self._views()]
+        if all(_share_storage(parameter, view) for parameter, view in parts):
+            return
+        kinds = {(parameter.device, parameter.dtype) for parameter, _ in parts}
+        packed_kind = (self.packed_weight.device, self.packed_weight.dtype)
+        if len(kinds) > 1 and self.packed_weight.is_meta:
+            return  # loaded in several parts: the rest is still to come
+        if len(kinds) == 1 and kinds != {packed_kind}:
+            device, dtype = kinds.pop()
+            self.packed_weight = torch.empty_like(self.packed_weight, device=device, dtype=dtype)
+            if self.packed_bias is not None:
+                self.packed_bias = torch.empty_like(self.packed_bias, device=device, dtype=dtype)
+        for child, name, view in self._views():
+            if not _share_storage(child._parameters[name], view):
+                view.copy_(child._parameters[name].detach())
+                _bind(child, name, view)
+
+    def _apply(self, fn, recurse=True):
+        strays = [
+            (child, name)
+            for child, name, view in self._views()
+            if not _share_storage(child._parameters[name], view)
+        ]
+        super()._apply(fn, recurse)  # the views ignore it
+        self.packed_weight = fn(self.packed_weight)
+        if self.packed_bias is not None:
+            self.packed_bias = fn(self.packed_bias)
+        for child, name, view in self._views():
+            if (child, name) in strays:
+                _bind(child, name, fn(child._parameters[name].detach()))
+            else:
+                _bind(child, name, view)
+        self._repack()
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._repack()  # deepcopy and pickle give every tensor a storage of its own
+
+
+def _repack_after_load(module: PackedLinears, incompatible_keys) -> None:
+    with torch.no_grad():
+        module._repack()
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _bind(child: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let the parameter be ``tensor``; as in ``Module.to`` it stays the same object if it can."""
+    parameter = child._parameters[name]
+    if torch._has_compatible_shallow_copy_type(parameter, tensor):
+        parameter.data = tensor
+    else:
+        child._parameters[name] = nn.Parameter(tensor, requires_grad=False)
