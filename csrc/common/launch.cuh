@@ -78,6 +78,14 @@ int max_resident_blocks(void (*kernel)(KernelArgs...), int threads) {
   return num_sms * blocks_per_sm;
 }
 
+// Whether the current device takes cooperative launches.
+inline bool supports_cooperative_launch() {
+  int device = 0, supported = 0;
+  FS_CUDA_CHECK(cudaGetDevice(&device));
+  FS_CUDA_CHECK(cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, device));
+  return supported != 0;
+}
+
 // Barrier over all threads of a cooperative launch; global memory written before it is visible after it.
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 

@@ -78,6 +78,21 @@ __device__ __forceinline__ uint4 ld_global_streaming(const void* global) {
   return v;
 }
 
+// The same where `valid`; 16 zero bytes where not (global is then not read).
+__device__ __forceinline__ uint4 ld_global_streaming_or_zero(const void* global, bool valid) {
+  uint4 v;
+  asm volatile(
+      "{\n\t"
+      ".reg .pred p;\n\t"
+      "setp.ne.b32 p, %5, 0;\n\t"
+      "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n\t"
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t"
+      "}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(global), "r"(static_cast<int>(valid)));
+  return v;
+}
+
 // 2^x, to 2 ulp; -inf gives 0.
 __device__ __forceinline__ float ex2(float x) {
   float y;

@@ -7,9 +7,8 @@ in csrc/ops/linear.cpp. The CPU reference is the specification: it fixes where v
 import torch
 from torch import Tensor
 
+from fastshard.ops._checks import check_floating, check_like, check_shape
 from fastshard.ops._library import Cost, cost, define
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, "
@@ -48,8 +47,7 @@ def linear(
             multiple of 16 bytes.
         TypeError: ``x`` has another dtype, or another tensor not that of ``x``.
     """
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    check_floating("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have rows of at least 1 element, got shape {list(x.shape)}")
     in_features = x.shape[-1]
@@ -57,31 +55,24 @@ def linear(
         raise ValueError(
             f"weight must have shape [out_features, {in_features}], got {list(weight.shape)}"
         )
-    check_like(x, "weight", weight)
+    check_like("weight", weight, x)
     out_features = weight.shape[0]
     if bias is not None:
-        check_like(x, "bias", bias, (out_features,))
+        check_like("bias", bias, x)
+        check_shape("bias", bias, (out_features,))
     if norm_weight is not None:
-        check_like(x, "norm_weight", norm_weight, (in_features,))
+        check_like("norm_weight", norm_weight, x)
+        check_shape("norm_weight", norm_weight, (in_features,))
         if in_features * x.element_size() % 16:
             raise ValueError(
                 f"x must have rows of a multiple of 16 bytes for a norm, got shape {list(x.shape)}"
             )
     if residual is not None:
-        check_like(x, "residual", residual, (*x.shape[:-1], out_features))
+        check_like("residual", residual, x)
+        check_shape("residual", residual, (*x.shape[:-1], out_features))
     return torch.ops.fastshard.linear.default(
         x, weight, bias, norm_weight, norm_eps, weight_in_fp32, residual
     )
-
-
-def check_like(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Raise unless the argument ``name`` has the dtype and device of ``x``, and ``shape``."""
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} must be {x.dtype}, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on {x.device}, got {tensor.device}")
-    if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def matmul_in_float32(x: Tensor, weight: Tensor) -> Tensor:

@@ -7,17 +7,11 @@ rounded.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fastshard.ops._checks import check_floating, check_like, check_shape
 from fastshard.ops._library import Cost, cost, define
-from fastshard.ops.linear import DTYPES, check_like, matmul_in_float32
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
-    "relu": F.relu,
-}
+from fastshard.ops.activation import ACTIVATIONS
+from fastshard.ops.linear import matmul_in_float32
 
 define(
     "fused_mlp(Tensor x, Tensor gate_up_weight, Tensor down_weight, str activation, "
@@ -53,8 +47,7 @@ def fused_mlp(
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
     """
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    check_floating("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have rows of at least 1 element, got shape {list(x.shape)}")
     hidden_size = x.shape[-1]
@@ -64,10 +57,12 @@ def fused_mlp(
             f"gate_up_weight must have shape [2 * intermediate_size, {hidden_size}], "
             f"got {list(gate_up_weight.shape)}"
         )
-    check_like(x, "gate_up_weight", gate_up_weight)
-    check_like(x, "down_weight", down_weight, (hidden_size, rows // 2))
+    check_like("gate_up_weight", gate_up_weight, x)
+    check_like("down_weight", down_weight, x)
+    check_shape("down_weight", down_weight, (hidden_size, rows // 2))
     if residual is not None:
-        check_like(x, "residual", residual, tuple(x.shape))
+        check_like("residual", residual, x)
+        check_shape("residual", residual, x.shape)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return torch.ops.fastshard.fused_mlp.default(

@@ -363,6 +363,8 @@ int environment_int(const char* name, int otherwise) {
 
 int num_sms() { return std::max(1, environment_int("FASTSHARD_EMULATOR_SMS", 4)); }
 
+bool supports_cooperative_launch() { return environment_int("FASTSHARD_EMULATOR_COOPERATIVE", 1) != 0; }
+
 int max_blocks_per_sm(int threads, int shared_bytes) {
   const int by_shared_memory = kMaxSharedBytesPerSm / (shared_bytes + kReservedSharedBytes);
   return std::min({kMaxBlocksPerSm, kMaxThreadsPerSm / threads, by_shared_memory});

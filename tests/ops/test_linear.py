@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastshard import ops
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_DTYPES = [torch.float16, torch.bfloat16]
@@ -86,18 +86,35 @@ def test_rows(num_tokens, dtype, device):
     check(make(num_tokens, 72, 264, dtype, device))
 
 
+# Up to 8 rows a warp takes 128 of K at a time and the block 1024, above 64 and 512. Shared memory
+# holds 2048 of K for 8 rows, 1024 for 16 and 22528 for one: beyond, they are loaded in chunks.
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 16])
-@pytest.mark.parametrize("in_features", [8, 16, 24, 120, 128, 136, 248, 256, 264, 896, 1032])
+@pytest.mark.parametrize("num_tokens", [1, 8, 16])
+@pytest.mark.parametrize(
+    "in_features", [8, 24, 32, 40, 64, 72, 128, 136, 512, 520, 1024, 1032, 2048, 2056, 3080]
+)
 def test_in_features(in_features, num_tokens, dtype, device):
     check(make(num_tokens, 24, in_features, dtype, device))
 
 
+@pytest.mark.parametrize("in_features", [22528, 22536])
+def test_in_features_of_one_row(in_features, device):
+    check(make(1, 24, in_features, torch.bfloat16, device))
+
+
+# A tile is 16 rows of weight up to 8 rows of x, 32 above. The emulator holds 8 blocks: with more
+# tiles than that (128 and 256 rows), a block takes several.
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 16])
-@pytest.mark.parametrize("out_features", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129])
+@pytest.mark.parametrize("out_features", [1, 2, 15, 16, 17, 31, 32, 33, 128, 129, 256, 257, 545])
 def test_out_features(out_features, num_tokens, dtype, device):
     check(make(num_tokens, out_features, 72, dtype, device))
+
+
+# Several tiles a block and several chunks of x a tile.
+@pytest.mark.parametrize("num_tokens", [7, 16])
+def test_many_tiles_and_chunks(num_tokens, device):
+    check(make(num_tokens, 545, 4104, torch.float16, device))
 
 
 @CUDA_ONLY
@@ -275,6 +292,22 @@ def test_opcheck(num_tokens, options, device):
     a = make(num_tokens, 24, 64, torch.float16, device, options)
     args = (a["x"], a["weight"], a["bias"], a["norm_weight"], EPS, False, a["residual"])
     torch.library.opcheck(torch.ops.fastshard.linear.default, args)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("num_tokens", [1, 16, 17])
+def test_replays_in_a_graph(num_tokens, device):
+    a = make(num_tokens, 96, 256, torch.float16, device)
+    assert_replays_in_a_graph(lambda: ops.linear(norm_eps=EPS, **a), a["x"])
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("num_tokens", [1, 16])
+def test_runs_one_kernel_of_ours(num_tokens, device):
+    a = make(num_tokens, 96, 256, torch.float16, device)
+    names = cuda_kernel_names(lambda: ops.linear(norm_eps=EPS, **a))
+    assert len(names) == 1
+    assert "fastshard::linear_kernel" in names[0]
 
 
 def test_cost():

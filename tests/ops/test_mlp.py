@@ -6,11 +6,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastshard import ops
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_DTYPES = [torch.float16, torch.bfloat16]
 NAN = float("nan")
+EMULATOR_ONLY = pytest.mark.parametrize(
+    "device", [pytest.param("emulator", marks=pytest.mark.emulator)], indirect=True
+)
 CUDA_ONLY = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
 )
@@ -73,12 +76,20 @@ def test_rows(num_tokens, dtype, device):
     check(make(num_tokens, 72, 88, dtype, device))
 
 
+# Up to 8 rows, a tile is 16 rows of a weight (8 of hidden) by 1024 columns a round; else 32 by 512.
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 16])
-@pytest.mark.parametrize("hidden_size", [8, 16, 56, 64, 72, 128, 136, 264])
-@pytest.mark.parametrize("intermediate_size", [8, 24, 64, 72, 136, 264])
+@pytest.mark.parametrize("hidden_size", [8, 16, 24, 32, 40, 128, 136, 520])
+@pytest.mark.parametrize("intermediate_size", [8, 16, 24, 64, 72, 136, 520])
 def test_sizes(intermediate_size, hidden_size, num_tokens, dtype, device):
     check(make(num_tokens, hidden_size, intermediate_size, dtype, device))
+
+
+# x and hidden in several chunks of shared memory, several tiles a block.
+@pytest.mark.parametrize("num_tokens", [8, 16])
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(264, 2056), (2056, 264)])
+def test_chunks(hidden_size, intermediate_size, num_tokens, device):
+    check(make(num_tokens, hidden_size, intermediate_size, torch.bfloat16, device))
 
 
 @CUDA_ONLY
@@ -226,6 +237,31 @@ def test_opcheck(num_tokens, with_residual, device):
     residual = a["residual"] if with_residual else None
     args = (a["x"], a["gate_up_weight"], a["down_weight"], "gelu", residual)
     torch.library.opcheck(torch.ops.fastshard.fused_mlp.default, args)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("num_tokens", [1, 16, 17])
+def test_replays_in_a_graph(num_tokens, device):
+    a = make(num_tokens, 256, 96, torch.float16, device)
+    assert_replays_in_a_graph(lambda: ops.fused_mlp(**a), a["x"])
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("num_tokens", [1, 16])
+def test_runs_one_kernel_of_ours(num_tokens, device):
+    a = make(num_tokens, 256, 96, torch.float16, device)
+    names = cuda_kernel_names(lambda: ops.fused_mlp(**a))
+    assert len(names) == 1
+    assert "fastshard::fused_mlp_kernel" in names[0]
+
+
+@EMULATOR_ONLY
+@pytest.mark.parametrize("num_tokens", [3, 16])
+def test_two_launches_give_the_same(num_tokens, device, monkeypatch):
+    a = make(num_tokens, 136, 264, torch.bfloat16, device)
+    one_launch = ops.fused_mlp(**a)
+    monkeypatch.setenv("FASTSHARD_EMULATOR_COOPERATIVE", "0")
+    assert torch.equal(ops.fused_mlp(**a), one_launch)
 
 
 def test_cost():

@@ -23,6 +23,7 @@
 // Environment, read at every launch
 //   FASTSHARD_EMULATOR_SMS   multiprocessors of the emulated device, default 4
 //   FASTSHARD_EMULATOR_SEED  schedule; unset or empty: ascending order
+//   FASTSHARD_EMULATOR_COOPERATIVE  0: the emulated device takes no cooperative launch
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -49,6 +50,7 @@ struct LaunchShape {
 void run(const LaunchShape& shape, void (*body)(const void*), const void* argument);
 
 int num_sms();
+bool supports_cooperative_launch();
 int max_blocks_per_sm(int threads, int shared_bytes);
 
 // Abandons the launch of the calling thread, or throws where there is none.

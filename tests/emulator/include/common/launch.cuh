@@ -63,6 +63,8 @@ int max_resident_blocks(void (*kernel)(KernelArgs...), int threads) {
   return simt::num_sms() * simt::max_blocks_per_sm(threads, shared_bytes<SharedStorage>());
 }
 
+inline bool supports_cooperative_launch() { return simt::supports_cooperative_launch(); }
+
 __device__ __forceinline__ void grid_sync() { simt::grid_barrier(); }
 
 }  // namespace fastshard

@@ -70,6 +70,10 @@ __device__ __forceinline__ uint4 ld_global_streaming(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
+__device__ __forceinline__ uint4 ld_global_streaming_or_zero(const void* global, bool valid) {
+  return valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+}
+
 __device__ __forceinline__ float ex2(float x) { return exp2f(x); }
 
 }  // namespace fastshard::ptx

@@ -1,0 +1,56 @@
+// What the ops around a weight matrix share: which weights the streaming kernels take, and torch's matmul for the rest.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <optional>
+
+#include "common/check.h"
+#include "ops/check.h"
+
+namespace fastshard {
+
+// Whether rows of a 2-D tensor have unit stride and start on 16 bytes.
+inline bool has_vector_rows(const Tensor& t) {
+  return t.stride(1) == 1 && is_aligned16(t) && t.stride(0) * int64_t(t.element_size()) % 16 == 0;
+}
+
+// Whether the kernels of csrc/gemv can read this [out_features, in_features] in place.
+inline bool can_stream(const Tensor& weight) {
+  constexpr int64_t kMaxSize = int64_t(1) << 30;  // indices and tile numbers are ints
+  const bool is_16bit = weight.scalar_type() == ScalarType::Half || weight.scalar_type() == ScalarType::BFloat16;
+  return is_16bit && weight.size(1) % 8 == 0 && has_vector_rows(weight) && weight.size(0) <= kMaxSize &&
+         weight.size(1) <= kMaxSize;
+}
+
+// A [rows, columns] view of t for kernels that load 16 bytes at a time; a copy where t has no such rows.
+inline Tensor vector_rows(const Tensor& t, int64_t columns) {
+  const Tensor rows = torch::stable::reshape(t, {-1, columns});
+  return has_vector_rows(rows) ? rows : torch::stable::clone(torch::stable::contiguous(rows));
+}
+
+// The same for kernels that load one element at a time.
+inline Tensor scalar_rows(const Tensor& t, int64_t columns) {
+  const Tensor rows = torch::stable::reshape(t, {-1, columns});
+  return rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
+// Call an op through the dispatcher: "aten::linear", or one of ours by FS_OP_NAME. args: the whole schema's.
+template <class... Args>
+Tensor call_op(const char* name, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+#define FS_OP_NAME(name) FS_STRINGIFY(FS_OP_NAMESPACE) "::" name
+
+// x @ weight.T + bias by torch's own kernels; x: [num_tokens, in_features].
+inline Tensor library_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return call_op("aten::linear", x, weight, bias);
+}
+
+// a + b: the stable ABI has no add.
+inline Tensor library_add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+
+}  // namespace fastshard
