@@ -1,6 +1,9 @@
 """Sharded Llama and Qwen inference with fused CUDA kernels for Ampere-class GPUs."""
 
 from fastshard import nn, ops
+from fastshard.checkpoint import CheckpointError
+from fastshard.generate import ShardChain, generate_batch
+from fastshard.loading import load
 from fastshard.models import (
     GeneralMHA,
     ModelConfig,
@@ -12,12 +15,16 @@ from fastshard.models import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "GeneralMHA",
     "ModelConfig",
     "Shard",
+    "ShardChain",
     "ShardTransformerDecoder",
     "ShardedGeneralModel",
     "__version__",
+    "generate_batch",
+    "load",
     "nn",
     "ops",
 ]

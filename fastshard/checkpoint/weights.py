@@ -1,0 +1,119 @@
+"""Copy a shard's tensors from a checkpoint into a model, one block of rows at a time."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from fastshard.checkpoint import names
+from fastshard.checkpoint.errors import CheckpointError
+from fastshard.checkpoint.index import WeightIndex
+from fastshard.models import ModelConfig, Shard
+
+_BLOCK_BYTES = 64 << 20  # of the file; bounds host memory, and large enough to stream
+
+
+@torch.no_grad()
+def load_weights(
+    targets: Mapping[str, Tensor],
+    index: WeightIndex,
+    config: ModelConfig,
+    shard: Shard,
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fill ``targets`` in place with the checkpoint's tensors, cast to their dtype.
+
+    Everything is checked before the first byte is copied.
+
+    Args:
+        targets: The decoder's state dict under torchtune's names, all of this shard and no other.
+        index: The checkpoint, under Hugging Face's or torchtune's names.
+        report: Called with (elements copied, of how many) after each block.
+
+    Raises:
+        CheckpointError: a tensor of this shard is missing, unexpected, truncated or of another
+            shape or dtype; the message names file and tensor.
+    """
+    sources = match_names(targets, index, config, shard)
+    index.fetch(sources.values())
+    for name, target in targets.items():
+        _check(name, target, sources[name], index)
+
+    permutes = config.rope_interleaved and any(map(names.is_hugging_face, index.file_names))
+    total, copied = sum(target.numel() for target in targets.values()), 0
+    for name, target in targets.items():
+        rotated = permutes and names.is_rotated(name)
+        file = index.file_of(sources[name])
+        row_bytes = file.tensors[sources[name]].dtype.itemsize * math.prod(target.shape[1:])
+        step = max(1, _BLOCK_BYTES // row_bytes)
+        if rotated:  # whole heads
+            step = max(1, step // config.head_dim) * config.head_dim
+        for start in range(0, target.shape[0], step):
+            stop = min(start + step, target.shape[0])
+            # To the device as it is in the file: a cast on the way would cost host memory.
+            block = file.read_rows(sources[name], start, stop).to(target.device)
+            if rotated:
+                names.copy_rotated(target[start:stop], block, config.head_dim, config.rotary_dim)
+            else:
+                target[start:stop].copy_(block)
+            copied += block.numel()
+            if report:
+                report(copied, total)
+
+
+def match_names(
+    targets: Mapping[str, Tensor], index: WeightIndex, config: ModelConfig, shard: Shard
+) -> dict[str, str]:
+    """Our tensor names -> the checkpoint's.
+
+    Raises:
+        CheckpointError: a name of this shard is missing, or one is there that it has no place for.
+    """
+    present = index.file_names
+    theirs = any(map(names.is_hugging_face, present))
+    sources = {name: names.hugging_face_name(name) if theirs else name for name in targets}
+    missing = [source for source in sources.values() if source not in present]
+    extra = [name for name in present if _is_extra(name, set(sources.values()), config, shard)]
+    problems = [
+        f"{label} {', '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}"
+        for label, found in (("missing tensors", missing), ("unexpected tensors", extra))
+        if found
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{index.where}: {'; '.join(problems)} for {_describe(config, shard)}"
+        )
+    return sources
+
+
+def _is_extra(name: str, expected: set[str], config: ModelConfig, shard: Shard) -> bool:
+    """Whether this shard has no place for the tensor, and no other shard can have one."""
+    if name in expected or names.is_derived(name):
+        return False
+    layer = names.layer_of(name)
+    if layer is None:  # other shards' ends; a tied head that a checkpoint repeats is not read
+        return not names.is_known_top_level(name)
+    return layer >= config.num_layers or layer in shard.layers
+
+
+def _check(name: str, target: Tensor, source: str, index: WeightIndex) -> None:
+    file = index.file_of(source)
+    info = file.tensors[source]
+    if info.shape != tuple(target.shape):
+        raise CheckpointError(
+            f"{file.path}: {source} must have shape {list(target.shape)} for {name}, "
+            f"got {list(info.shape)}"
+        )
+    if info.dtype is None:
+        raise CheckpointError(
+            f"{file.path}: {source} must be float64, float32, float16 or bfloat16 "
+            "(quantized weights are not supported)"
+        )
+
+
+def _describe(config: ModelConfig, shard: Shard) -> str:
+    return (
+        f"layers {shard.start_layer}-{shard.end_layer} of a {config.model_type} model of "
+        f"{config.num_layers} layers"
+    )

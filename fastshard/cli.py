@@ -1,0 +1,219 @@
+"""The command line: ``fastshard generate`` and ``fastshard info``.
+
+Only the generated text goes to stdout; progress, figures and errors go to stderr. Exit status: 0,
+2 where the command line is wrong, 1 for everything else that fails.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import fastshard
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # the reader of stdout has had enough
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"fastshard: error: {message}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastshard", description=fastshard.__doc__)
+    parser.add_argument("--version", action="version", version=fastshard.__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    info = commands.add_parser("info", help="what is installed, compiled and visible")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=run_info)
+    return parser
+
+
+def _add_generate(commands) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue PROMPT and print the text as it comes.",
+    )
+    generate.set_defaults(run=run_generate)
+    add = generate.add_argument
+    add("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
+    add("--model", metavar="DIR|HUB_ID", help="checkpoint (default: the embedded demo model)")
+    split = generate.add_mutually_exclusive_group()
+    split.add_argument("--shards", type=_count, metavar="N", help="cut the layers into N shards")
+    split.add_argument(
+        "--layers", type=_layers, metavar="A-B,C-D", help="layers of each shard, ends included"
+    )
+    add("--device", help="cpu, cuda or cuda:N (default: the GPU, if this build serves one)")
+    add("--dtype", choices=_DTYPES, help="default: float32 on a CPU, else the checkpoint's 16 bit")
+    add("--max-new-tokens", type=_count, metavar="N", default=256, help="default: 256")
+    sampled = "(default: as the checkpoint says, or"
+    add("--temperature", type=_number, metavar="T", help=f"0 is greedy {sampled} 0)")
+    add("--top-k", type=_whole, metavar="K", help=f"only the K likeliest tokens {sampled} all)")
+    add("--top-p", type=_number, metavar="P", help=f"only the likeliest of sum P {sampled} 1)")
+    add("--min-p", type=_number, metavar="P", help=f"only P times the likeliest {sampled} 0)")
+    add("--seed", type=_whole, default=0, help="the same seed gives the same text (default: 0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    add("--chat", action="store_true", help="put the prompt into the chat template")
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from fastshard.info import describe, format_text
+
+    facts = describe()
+    print(json.dumps(facts, indent=2) if args.json else format_text(facts))
+    return 0
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    import torch
+
+    from fastshard.checkpoint import Checkpoint, even_split
+    from fastshard.loading import demo_model, load_chain
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    checkpoint = Checkpoint(args.model or demo_model())
+    if checkpoint.tokenizer is None:
+        raise ValueError(f"{checkpoint.name}: tokenizer.json is missing")
+    layers = args.layers or even_split(checkpoint.config.num_layers, args.shards or 1)
+    with _Progress(checkpoint.name if args.model else "demo model") as progress:
+        chain = load_chain(
+            checkpoint,
+            layers,
+            device=args.device,
+            dtype=args.dtype and getattr(torch, args.dtype),
+            max_generated_tokens=args.max_new_tokens,
+            report=progress.update,
+        )
+    stream = chain.stream(
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop=args.stop,
+        chat=args.chat,
+    )
+    for piece in stream:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    print(_figures(stream, chain.decode_bytes), file=sys.stderr)
+    return 0
+
+
+def _figures(stream, decode_bytes: int) -> str:
+    """One line: how many tokens, how fast, and what that reads of the weights."""
+    steps = stream.num_tokens - 1  # the first token belongs to the prompt
+    text = (
+        f"{stream.num_prompt_tokens} prompt tokens in {stream.prefill_seconds:.2f} s, "
+        f"{stream.num_tokens} new tokens"
+    )
+    if steps > 0 and stream.decode_seconds > 0:
+        rate = steps / stream.decode_seconds
+        text += f" at {rate:.1f} tokens/s, {rate * decode_bytes / 1e9:.2f} GB/s of weights"
+    return text
+
+
+class _Progress:
+    """A bar on stderr while weights are copied; a terminal shows it, a file does not."""
+
+    def __init__(self, name: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(f"loading {name}", total=None)
+
+    def __enter__(self) -> "_Progress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def _argument(rule: str) -> Callable:
+    """Make a converter's ``ValueError`` name the rule and the value."""
+
+    def decorate(convert: Callable) -> Callable:
+        def checked(text: str):
+            try:
+                return convert(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}") from None
+
+        return checked
+
+    return decorate
+
+
+@_argument("a positive integer")
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+@_argument("an integer of at least 0")
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+@_argument("a finite number of at least 0")
+def _number(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+@_argument("ranges of layers with both ends, like 0-3,4-7")
+def _layers(text: str) -> list[range]:
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in text.split(",")]
+    if not all(parts):
+        raise ValueError
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts]
+    if not all(ranges):
+        raise ValueError
+    return ranges

@@ -1,0 +1,78 @@
+"""Which device to run on, whether this build has code for it, and what memory it has."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from fastshard import ops
+from fastshard._build_info import CUDA_ARCHS
+
+
+def is_served(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code compiled for ``archs`` runs on a GPU of this compute capability.
+
+    Machine code serves its own major version from its minor upwards, PTX every later GPU.
+
+    Args:
+        archs: As ``TORCH_CUDA_ARCH_LIST``, e.g. ``"8.6;9.0a+PTX"``; architecture-specific code
+            (a suffix letter) serves its own compute capability only.
+    """
+    for arch in filter(None, archs.split(";")):
+        major, minor, letter, ptx = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", arch).groups()
+        built = (int(major), int(minor))
+        if letter:
+            if capability == built:
+                return True
+        elif capability >= built and (ptx or capability[0] == built[0]):
+            return True
+    return False
+
+
+def default_device() -> torch.device:
+    """The current GPU where this build has CUDA kernels and there is one, else the CPU."""
+    return torch.device("cuda" if ops.HAS_KERNELS and torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: torch.device) -> None:
+    """Raise where the model could not run on ``device``.
+
+    Raises:
+        RuntimeError: there is no such device, or this build has no code for it.
+    """
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise RuntimeError(f"device must be cpu or cuda, got {device}")
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"device {device} is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if not ops.HAS_KERNELS or not is_served(CUDA_ARCHS, (major, minor)):
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and "
+            f"this build of fastshard has code for {CUDA_ARCHS or 'no GPU'}; rebuild with "
+            f"TORCH_CUDA_ARCH_LIST='{major}.{minor}', or choose the device cpu"
+        )
+
+
+def default_dtype(config: dict, device: torch.device) -> torch.dtype:
+    """float32 on a CPU; on a GPU the checkpoint's own 16-bit type, bfloat16 where it has none.
+
+    Args:
+        config: A Hugging Face ``config.json``.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    name = config.get("dtype") or config.get("torch_dtype")
+    return torch.float16 if name == "float16" else torch.bfloat16
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a model could take: free on a GPU, available without swapping on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    text = Path("/proc/meminfo").read_text()
+    return int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024

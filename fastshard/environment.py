@@ -1,0 +1,18 @@
+"""Every environment variable that fastshard reads at run time."""
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where measured tables are kept: ``FASTSHARD_CACHE_DIR``, else the user's cache folder."""
+    if os.environ.get("FASTSHARD_CACHE_DIR"):
+        return Path(os.environ["FASTSHARD_CACHE_DIR"])
+    # The XDG base directory specification: an empty or relative value counts as unset.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "fastshard"
+
+
+def shipped_tables_dir() -> Path:
+    """Where the tables that came with the wheel are; not movable."""
+    return Path(__file__).parent / "tune" / "tables"

@@ -1,0 +1,147 @@
+"""``fastshard.load``: a checkpoint's shard on a device, ready to generate."""
+
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from fastshard.checkpoint import (
+    Checkpoint,
+    GenerationDefaults,
+    TextTokenizer,
+    check_fit,
+    load_weights,
+)
+from fastshard.devices import available_bytes, check_device, default_device, default_dtype
+from fastshard.generate import ShardChain, TextGenerator, TextStream
+from fastshard.models import Shard, ShardedGeneralModel
+
+Report = Callable[[int, int], None]
+"""Called with (done, total) while weights are copied."""
+
+
+class TextModel(ShardedGeneralModel, TextGenerator):
+    """A ``ShardedGeneralModel`` with its checkpoint's tokenizer: of all layers, it streams text."""
+
+    tokenizer: TextTokenizer | None = None
+    generation_defaults: GenerationDefaults = GenerationDefaults()
+
+    def stream(self, prompt, **settings) -> TextStream:
+        """``TextGenerator.stream``; needs all layers in this one shard."""
+        if self.shard.get_layer_count() != self.config.num_layers:
+            raise ValueError(
+                f"stream needs all {self.config.num_layers} layers, this shard holds layers "
+                f"{self.shard.start_layer}-{self.shard.end_layer}: put all shards into a ShardChain"
+            )
+        return super().stream(prompt, **settings)
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    shard: Shard | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    use_cache: bool = True,
+    max_generated_tokens: int = 1024,
+) -> TextModel:
+    """Load a checkpoint, or only the layers of one shard of it.
+
+    Args:
+        source: Hugging Face directory or hub id ``owner/name``; None is the embedded demo model.
+        shard: Layers to load; no byte of the others is read. None: all.
+        device: None: the GPU where there is one and this build has kernels, else the CPU.
+        dtype: Of weights and activations. None: float32 on a CPU; on a GPU the checkpoint's own
+            16-bit type, bfloat16 for float32 checkpoints.
+        use_cache: Whether ``generate`` keeps keys and values between calls; ``stream`` needs it.
+        max_generated_tokens: Room that the cache leaves behind a prompt.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        CheckpointError: (a ``ValueError``) its files are missing or wrong; says file and tensor.
+        ValueError: the shard is not of this model.
+        RuntimeError: the device is not there, or the shard does not fit on it.
+    """
+    checkpoint = Checkpoint(source or demo_model())
+    shard = shard or whole(checkpoint)
+    models = _load(checkpoint, [shard], device, dtype, use_cache, max_generated_tokens)
+    return models[0]
+
+
+def load_chain(
+    checkpoint: Checkpoint,
+    layers: Sequence[range],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    max_generated_tokens: int = 1024,
+    report: Report | None = None,
+) -> ShardChain:
+    """Load all layers as several shards on one device.
+
+    Args:
+        layers: Half-open ranges of layers, one a shard, in order.
+
+    Raises:
+        ValueError: they leave a layer out or hold one twice. Else as ``load``.
+    """
+    n_layers = checkpoint.config.num_layers
+    if [i for part in layers for i in part] != list(range(n_layers)) or not all(map(len, layers)):
+        raise ValueError(
+            f"layers must hold each of 0-{n_layers - 1} once, in order, got "
+            + ",".join(f"{part.start}-{part.stop - 1}" for part in layers)
+        )
+    shards = [Shard(checkpoint.name, part.start, part.stop - 1, n_layers) for part in layers]
+    return ShardChain(_load(checkpoint, shards, device, dtype, True, max_generated_tokens, report))
+
+
+def demo_model() -> Path:
+    """Directory of the embedded model."""
+    return Path(str(files("fastshard") / "demo"))
+
+
+def whole(checkpoint: Checkpoint) -> Shard:
+    """The shard that holds all layers."""
+    n_layers = checkpoint.config.num_layers
+    return Shard(checkpoint.name, 0, n_layers - 1, n_layers)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    shards: Sequence[Shard],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    use_cache: bool,
+    max_generated_tokens: int,
+    report: Report | None = None,
+) -> list[TextModel]:
+    """All shards on one device; the weights are checked and fit before any memory is taken."""
+    config = checkpoint.config
+    for shard in shards:
+        if shard.n_layers != config.num_layers:
+            raise ValueError(
+                f"shard must be of {checkpoint.name}'s {config.num_layers} layers, "
+                f"got n_layers={shard.n_layers}"
+            )
+    device = default_device() if device is None else torch.device(device)
+    check_device(device)
+    dtype = dtype or default_dtype(checkpoint.raw_config, device)
+    check_fit(config, shards, device, dtype, max_generated_tokens, available_bytes(device))
+
+    models = [
+        TextModel(config, shard, "meta", dtype, use_cache, max_generated_tokens) for shard in shards
+    ]
+    for i, model in enumerate(models):
+        model.to_empty(device=device)
+        load_weights(
+            model.model.state_dict(),
+            checkpoint.weights,
+            config,
+            model.shard,
+            report and (lambda done, total, i=i: report(i * total + done, len(models) * total)),
+        )
+        model.requires_grad_(False).eval()
+        model.tokenizer = checkpoint.tokenizer
+        model.generation_defaults = checkpoint.generation_defaults
+    return models
