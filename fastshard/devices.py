@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastshard import ops
-from fastshard._build_info import CUDA_ARCHS
+from fastshard.build_record import CUDA_ARCHS
 
 
 def is_served(archs: str, capability: tuple[int, int]) -> bool:

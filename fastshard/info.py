@@ -5,7 +5,7 @@ import platform
 import torch
 
 import fastshard
-from fastshard import _build_info, ops
+from fastshard import build_record, ops
 from fastshard.devices import is_served
 from fastshard.environment import cache_dir, shipped_tables_dir
 
@@ -19,9 +19,9 @@ def describe() -> dict:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "build": {
-            "cuda": _build_info.CUDA_VERSION or None,
-            "architectures": list(filter(None, _build_info.CUDA_ARCHS.split(";"))),
-            "torch_target": _build_info.TORCH_TARGET or None,
+            "cuda": build_record.CUDA_VERSION or None,
+            "architectures": list(filter(None, build_record.CUDA_ARCHS.split(";"))),
+            "torch_target": build_record.TORCH_TARGET or None,
             "kernels_loaded": ops.HAS_KERNELS,
         },
         "gpus": [_describe_gpu(i) for i in range(torch.cuda.device_count())],
@@ -38,7 +38,7 @@ def _describe_gpu(index: int) -> dict:
         "name": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        "served": ops.HAS_KERNELS and is_served(_build_info.CUDA_ARCHS, capability),
+        "served": ops.HAS_KERNELS and is_served(build_record.CUDA_ARCHS, capability),
     }
 
 
