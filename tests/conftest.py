@@ -7,13 +7,12 @@ A test on the emulator must call an emulated op: else it would prove nothing abo
 Tests of argument errors, those that call ``pytest.raises``, need not.
 """
 
-import os
-
 import pytest
 import torch
 
 from emulator import runtime
 from emulator.build import MissingTool
+from helpers import skip_or_fail
 
 DEVICES = [
     "cpu",
@@ -21,13 +20,6 @@ DEVICES = [
     pytest.param("cuda", marks=pytest.mark.cuda),
 ]
 NO_GPU = "there is no CUDA device"
-
-
-def skip_or_fail(variable: str, reason: str) -> None:
-    """Skip the test, or fail it where the environment says that the device must be there."""
-    if os.environ.get(variable) == "1":
-        pytest.fail(f"{variable}=1, but {reason}")
-    pytest.skip(reason)
 
 
 @pytest.fixture(params=DEVICES)

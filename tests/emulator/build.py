@@ -163,13 +163,16 @@ def remove_unused(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def build_library(output: Path, sources: list[Path], csrc: Path = CSRC) -> Path:
+def build_library(
+    output: Path, sources: list[Path], csrc: Path = CSRC, flags: Iterable[str] = ()
+) -> Path:
     """Compile `sources` and the emulator, and link them into the shared library `output`.
 
     Args:
         output: The library to write.
         sources: ``.cu`` and ``.cpp`` files; those in ``csrc/ops`` see torch.
         csrc: Where the project's headers are looked for.
+        flags: More of the compiler's.
 
     Returns:
         `output`.
@@ -180,7 +183,7 @@ def build_library(output: Path, sources: list[Path], csrc: Path = CSRC) -> Path:
     """
     torch_compile, torch_link = torch_flags()
     identity = toolchain_id()
-    flags = FLAGS + machine_flags()
+    flags = [*FLAGS, *machine_flags(), *flags]
 
     def compile_one(source: Path) -> Path:
         if source.name == "simt.cpp":

@@ -1,6 +1,9 @@
 // The machine behind simt.h: scheduler of the fibers, shared memory, asynchronous copies, mma and ldmatrix, host API.
 #include "simt.h"
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 #include <sys/mman.h>
 
 #include <cstdarg>
@@ -115,6 +118,7 @@ struct Machine {
   int64_t idle_yields = 0;
   bool random = false;
   uint64_t random_state = 0;
+  uint32_t patience = 0;  // where random: the mean number of steps before another warp gets its turn
   std::string error;
 };
 
@@ -123,11 +127,11 @@ std::mutex launch_mutex;
 
 uint32_t bit(uint32_t index) { return 1u << index; }
 
-uint32_t random_below(uint32_t bound) {  // xorshift64*
-  m.random_state ^= m.random_state >> 12;
-  m.random_state ^= m.random_state << 25;
-  m.random_state ^= m.random_state >> 27;
-  return uint32_t((m.random_state * 0x2545f4914f6cdd1dull >> 32) * bound >> 32);
+uint32_t random_below(uint32_t bound) {  // splitmix64
+  uint64_t z = m.random_state += 0x9e3779b97f4a7c15u;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return uint32_t(((z ^ z >> 31) >> 32) * bound >> 32);
 }
 
 uint32_t pick_bit(uint32_t set) {  // index of the lowest, or of any
@@ -176,7 +180,7 @@ std::string describe_waiting() {
 Lane* pick_lane() {
   Warp* warp = m.current->warp;
   Block* block = warp->block;
-  if (m.random && random_below(4) == 0) {
+  if (m.random && random_below(m.patience) == 0) {
     block = m.blocks[random_below(uint32_t(m.blocks.size()))].get();
     if (block->ready_warps != 0) warp = &block->warps[pick_bit(block->ready_warps)];
   }
@@ -379,7 +383,10 @@ void run(const LaunchShape& shape, void (*body)(const void*), const void* argume
   m.blocks.clear();
   const char* seed = std::getenv("FASTSHARD_EMULATOR_SEED");
   m.random = seed != nullptr && *seed != 0;
-  if (m.random) m.random_state = (std::strtoull(seed, nullptr, 10) + 1) * 0x9e3779b97f4a7c15ull | 1;
+  if (m.random) {
+    m.random_state = std::strtoull(seed, nullptr, 10) << 32;
+    m.patience = 4u << 3 * random_below(4);  // warps almost in step, or one far ahead of the others
+  }
 
   const dim3 grid = shape.grid;
   const int64_t num_blocks = int64_t(grid.x) * grid.y * grid.z;
@@ -598,53 +605,53 @@ void combine_ldmatrix_trans(void* const* records, uint32_t) {
 
 namespace {
 
+// Eight 16-bit elements to float.
 template <typename T>
-float decode(uint32_t pair, int which) {
-  const uint16_t bits = uint16_t(pair >> which * 16);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return std::bit_cast<float>(uint32_t(bits) << 16);
-#if defined(__F16C__) || defined(__aarch64__)
-  return float(std::bit_cast<_Float16>(bits));
-#else
-  return __half2float(std::bit_cast<__half>(bits));
+void decode(float* values, const uint16_t* bits) {
+#ifdef __F16C__
+  if constexpr (std::is_same_v<T, __half>) {
+    return _mm256_storeu_ps(values, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits))));
+  }
 #endif
+  for (int i = 0; i < 8; ++i) {
+    if constexpr (std::is_same_v<T, __half>) {
+      values[i] = __half2float(std::bit_cast<__half>(bits[i]));
+    } else {
+      values[i] = std::bit_cast<float>(uint32_t(bits[i]) << 16);
+    }
+  }
 }
 
 }  // namespace
 
 template <typename T>
 void combine_mma(void* const* records, uint32_t) {
-  uint32_t a_words[16][8], b_words[8][8];  // a[row][k / 2] and b[column][k / 2]: two elements a word
+  using Row = float __attribute__((vector_size(32)));  // the eight columns of b and d
+  uint16_t a_bits[16][16], b_bits[8][16];  // a[row][k], b[column][k]; each register holds two neighbours in k
+  float a[16][16], b_transposed[8][16];
+  Row b[16], d[16];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& record = *static_cast<const MmaRecord*>(records[lane]);
-    const int row = lane / 4, word = lane % 4;
-    a_words[row][word] = record.a[0];
-    a_words[row + 8][word] = record.a[1];
-    a_words[row][word + 4] = record.a[2];
-    a_words[row + 8][word + 4] = record.a[3];
-    b_words[row][word] = record.b[0];
-    b_words[row][word + 4] = record.b[1];
+    const int row = lane / 4, column = lane % 4 * 2;
+    std::memcpy(&a_bits[row][column], &record.a[0], 4);
+    std::memcpy(&a_bits[row + 8][column], &record.a[1], 4);
+    std::memcpy(&a_bits[row][column + 8], &record.a[2], 4);
+    std::memcpy(&a_bits[row + 8][column + 8], &record.a[3], 4);
+    std::memcpy(&b_bits[row][column], &record.b[0], 4);
+    std::memcpy(&b_bits[row][column + 8], &record.b[1], 4);
+    for (int i = 0; i < 4; ++i) d[row + i / 2 * 8][column + i % 2] = record.d[i];
   }
-  float a[16][16], b[16][8], d[16][8];
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) a[row][k] = decode<T>(a_words[row][k / 2], k % 2);
-  }
-  for (int column = 0; column < 8; ++column) {
-    for (int k = 0; k < 16; ++k) b[k][column] = decode<T>(b_words[column][k / 2], k % 2);
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    const float* source = static_cast<const MmaRecord*>(records[lane])->d;
-    std::memcpy(&d[lane / 4][lane % 4 * 2], source, 8);
-    std::memcpy(&d[lane / 4 + 8][lane % 4 * 2], source + 2, 8);
+  for (int i = 0; i < 16 * 16; i += 8) decode<T>(&a[0][0] + i, &a_bits[0][0] + i);
+  for (int i = 0; i < 8 * 16; i += 8) decode<T>(&b_transposed[0][0] + i, &b_bits[0][0] + i);
+  for (int k = 0; k < 16; ++k) {
+    for (int column = 0; column < 8; ++column) b[k][column] = b_transposed[column][k];
   }
   for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-    }
+    for (int k = 0; k < 16; ++k) d[row] += a[row][k] * b[k];
   }
   for (int lane = 0; lane < 32; ++lane) {
-    float* target = static_cast<const MmaRecord*>(records[lane])->d;
-    std::memcpy(target, &d[lane / 4][lane % 4 * 2], 8);
-    std::memcpy(target + 2, &d[lane / 4 + 8][lane % 4 * 2], 8);
+    const auto& record = *static_cast<const MmaRecord*>(records[lane]);
+    for (int i = 0; i < 4; ++i) record.d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   }
 }
 
