@@ -2,49 +2,107 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
+#include <tuple>
+
+#include "norm/layer_norm.h"
 #include "norm/rms_norm.h"
 #include "ops/check.h"
+#include "ops/dispatch.h"
+#include "ops/rows.h"
 #include "ops/stable_box.h"
 
 namespace fastshard {
 
-// A [num_tokens, hidden_size] view of x with unit-stride, 16-byte aligned rows; a copy only where x has none.
-Tensor as_rows(const Tensor& x, int64_t hidden_size) {
-  Tensor rows = torch::stable::reshape(x, {-1, hidden_size});
-  const int64_t size = x.element_size();
-  const bool usable = rows.stride(1) == 1 && is_aligned16(rows) && rows.stride(0) * size % 16 == 0;
-  if (!usable) rows = torch::stable::clone(torch::stable::contiguous(rows));
-  return rows;
+// Checks x and residual and allocates the outputs; kernels read what `rows` points to while this lives.
+struct NormCall {
+  DeviceGuard guard;
+  Tensor out, new_residual;
+  Rows x_rows, residual_rows;
+  NormRows rows{};
+  std::vector<Tensor> vectors;
+
+  NormCall(const Tensor& x, const Tensor* residual) : guard(x), out(x), new_residual(x) {
+    STD_TORCH_CHECK(x.dim() >= 1, "x must have at least 1 dimension");
+    const int64_t hidden_size = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(hidden_size > 0 && hidden_size * int64_t(x.element_size()) % 16 == 0,
+                    "x must have rows of whole 16-byte vectors, got hidden_size ", hidden_size);
+    out = torch::stable::new_empty(x, shape_of(x));  // contiguous, whatever x's strides
+    x_rows = rows_of(x, /*aligned=*/true);
+    rows = {.x = x_rows.data,
+            .out = out.mutable_data_ptr(),
+            .x_layout = x_rows.layout,
+            .num_tokens = num_rows_of(x, hidden_size),
+            .hidden_size = int(hidden_size)};
+    if (residual == nullptr) return;
+    FS_CHECK_LIKE(*residual, x);
+    STD_TORCH_CHECK(shape_of(*residual) == shape_of(x), "residual must have the shape of x");
+    new_residual = torch::stable::new_empty(x, shape_of(x));
+    residual_rows = rows_of(*residual, /*aligned=*/true);
+    rows.residual = residual_rows.data;
+    rows.residual_layout = residual_rows.layout;
+    rows.new_residual = new_residual.mutable_data_ptr();
+  }
+
+  // Data of a [hidden_size] vector like out, in a copy where it is not aligned; null for none.
+  const void* vector(const std::optional<Tensor>& v) {
+    if (!v.has_value()) return nullptr;
+    FS_CHECK_LIKE(*v, out);
+    STD_TORCH_CHECK(v->dim() == 1 && v->size(0) == rows.hidden_size, "weight and bias must be [", rows.hidden_size,
+                    "], got ", v->dim(), " dimensions and ", v->numel(), " elements");
+    vectors.push_back(rows_of(*v, /*aligned=*/true).tensor);
+    return vectors.back().const_data_ptr();
+  }
+};
+
+void run_rms_norm(NormCall& call, const Tensor& weight, double eps, bool weight_in_fp32) {
+  const RmsNormParams params{call.rows, call.vector(weight), float(eps), weight_in_fp32};
+  const cudaStream_t stream = current_stream(call.out);
+  dispatch_floating("x", call.out.scalar_type(),
+                    [&]<typename T>(std::type_identity<T>) { rms_norm<T>(params, stream); });
+}
+
+void run_layer_norm(NormCall& call, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                    double eps) {
+  const LayerNormParams params{call.rows, call.vector(weight), call.vector(bias), float(eps)};
+  const cudaStream_t stream = current_stream(call.out);
+  dispatch_floating("x", call.out.scalar_type(),
+                    [&]<typename T>(std::type_identity<T>) { layer_norm<T>(params, stream); });
 }
 
 Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, bool weight_in_fp32) {
-  STD_TORCH_CHECK(x.dim() >= 1, "x must have at least 1 dimension");
-  const int64_t hidden_size = x.size(x.dim() - 1);
-  FS_CHECK_LIKE(weight, x);
-  FS_CHECK_VECTOR(weight, hidden_size);
-  STD_TORCH_CHECK(hidden_size > 0 && hidden_size * int64_t(x.element_size()) % 16 == 0,
-                  "rms_norm: rows and weight must be whole 16-byte vectors, got hidden_size ", hidden_size);
-
-  const DeviceGuard guard(x);
-  Tensor out = torch::stable::new_empty(x, shape_of(x));  // contiguous, whatever x's strides
-  if (out.numel() == 0) return out;
-  const Tensor rows = as_rows(x, hidden_size);
-  const Tensor aligned_weight = is_aligned16(weight) ? weight : torch::stable::clone(weight);
-  const RmsNormParams params{rows.const_data_ptr(), aligned_weight.const_data_ptr(), out.mutable_data_ptr(),
-                             rows.stride(0),        rows.size(0),                    int(hidden_size),
-                             float(eps),            weight_in_fp32};
-  const cudaStream_t stream = current_stream(x);
-  switch (x.scalar_type()) {
-    case ScalarType::Float:    rms_norm<float>(params, stream); break;
-    case ScalarType::Half:     rms_norm<__half>(params, stream); break;
-    case ScalarType::BFloat16: rms_norm<__nv_bfloat16>(params, stream); break;
-    default:
-      STD_TORCH_CHECK(false, "rms_norm: x must be float32, float16 or bfloat16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-  }
-  return out;
+  NormCall call(x, nullptr);
+  run_rms_norm(call, weight, eps, weight_in_fp32);
+  return call.out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(FS_OP_NAMESPACE, FS_OP_KEY, m) { FS_IMPL(m, "rms_norm", rms_norm_cuda); }
+std::tuple<Tensor, Tensor> add_rms_norm_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                                             bool weight_in_fp32) {
+  NormCall call(x, &residual);
+  run_rms_norm(call, weight, eps, weight_in_fp32);
+  return {call.out, call.new_residual};
+}
+
+Tensor layer_norm_cuda(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                       double eps) {
+  NormCall call(x, nullptr);
+  run_layer_norm(call, weight, bias, eps);
+  return call.out;
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm_cuda(const Tensor& x, const Tensor& residual,
+                                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                               double eps) {
+  NormCall call(x, &residual);
+  run_layer_norm(call, weight, bias, eps);
+  return {call.out, call.new_residual};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FS_OP_NAMESPACE, FS_OP_KEY, m) {
+  FS_IMPL(m, "rms_norm", rms_norm_cuda);
+  FS_IMPL(m, "add_rms_norm", add_rms_norm_cuda);
+  FS_IMPL(m, "layer_norm", layer_norm_cuda);
+  FS_IMPL(m, "add_layer_norm", add_layer_norm_cuda);
+}
 
 }  // namespace fastshard

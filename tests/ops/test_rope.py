@@ -110,6 +110,15 @@ def test_a_position_outside_the_table_gives_nan(position, interleaved, device):
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 2), (3, 0, 2)], ids=str)
+def test_an_empty_table(shape, device):
+    x = torch.randn(1, 2, 2, 16, device=device)
+    table = torch.zeros(shape, device=device)
+    out = ops.apply_rope(x, table, torch.tensor([0, 2], device=device), interleaved=True)
+    expected = x.clone() if shape[0] else torch.full_like(x, torch.nan)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2, 16), (2, 0, 2, 16), (2, 3, 0, 16)], ids=str)
 def test_empty(shape, device):
     x, table = torch.randn(shape, device=device), make_table(16, device)

@@ -1,0 +1,19 @@
+// Launcher of the LayerNorm kernel.
+#include "norm/layer_norm.cuh"
+
+namespace fastshard {
+
+template <typename T>
+void layer_norm(const LayerNormParams& p, cudaStream_t stream) {
+  with_row_config<T>("layer_norm", p.rows, [&](auto config) {
+    using Config = decltype(config);
+    const auto kernel = p.rows.residual ? layer_norm_kernel<T, Config, true> : layer_norm_kernel<T, Config, false>;
+    launch_kernel<RowSharedStorage<Config>>(kernel, row_grid<Config>(p.rows), Config::kThreads, stream, p);
+  });
+}
+
+template void layer_norm<float>(const LayerNormParams&, cudaStream_t);
+template void layer_norm<__half>(const LayerNormParams&, cudaStream_t);
+template void layer_norm<__nv_bfloat16>(const LayerNormParams&, cudaStream_t);
+
+}  // namespace fastshard

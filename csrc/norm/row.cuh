@@ -1,0 +1,138 @@
+// Rows in registers: what the norm kernels share on the device. A group of threads holds one row, 16 bytes at a time.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "common/launch.cuh"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+#include "norm/row.h"
+
+namespace fastshard {
+
+template <int kThreadsPerRow_, int kRowsPerBlock_, int kVecsPerThread_>
+struct RowConfig {
+  static constexpr int kThreadsPerRow = kThreadsPerRow_;
+  static constexpr int kRowsPerBlock = kRowsPerBlock_;
+  static constexpr int kVecsPerThread = kVecsPerThread_;  // 16-byte vectors held in registers
+  static constexpr int kThreads = kThreadsPerRow * kRowsPerBlock;
+  static constexpr int kMaxRowBytes = kThreadsPerRow * kVecsPerThread * 16;
+  static_assert(kThreads % 32 == 0 && kThreads <= 1024);
+  static_assert(kThreadsPerRow <= 32 || kRowsPerBlock == 1, "a row is summed by lanes of one warp or by the block");
+};
+
+template <typename Config>
+struct RowSharedStorage {
+  float warp_sums[Config::kThreads / 32];
+};
+
+// One thread's part of a row: vector i is elements [offset(i), offset(i) + Vec<T>::kSize), valid where inside(i).
+template <typename T, typename Config>
+struct Row {
+  static constexpr int kVecs = Config::kVecsPerThread;
+  using Vecs = Vec<T>[kVecs];
+
+  const int lane = int(threadIdx.x) % Config::kThreadsPerRow;
+  const unsigned index = blockIdx.x * Config::kRowsPerBlock + threadIdx.x / Config::kThreadsPerRow;
+  const int hidden_size;  // 0 for a row past the last: its threads only take part in the sums
+
+  __device__ explicit Row(const NormRows& rows)
+      : hidden_size(index < rows.num_tokens ? rows.hidden_size : 0) {}
+
+  __device__ int offset(int i) const { return (i * Config::kThreadsPerRow + lane) * Vec<T>::kSize; }
+  __device__ bool inside(int i) const { return offset(i) < hidden_size; }
+
+  // Consecutive threads read consecutive vectors. row: of hidden_size elements.
+  __device__ void load(Vecs& vecs, const T* row) const {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (inside(i)) vecs[i] = load_vec(row + offset(i));
+    }
+  }
+
+  // The row of x, or of x + residual, which is then written to new_residual too.
+  template <bool kAdd>
+  __device__ void load_sum(Vecs& vecs, const NormRows& rows) const {
+    load(vecs, static_cast<const T*>(rows.x) + row_offset(rows.x_layout, index));
+    if constexpr (kAdd) {
+      Vecs residual;
+      load(residual, static_cast<const T*>(rows.residual) + row_offset(rows.residual_layout, index));
+      T* new_residual = static_cast<T*>(rows.new_residual) + int64_t(index) * hidden_size;
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        if (!inside(i)) break;
+#pragma unroll
+        for (int j = 0; j < Vec<T>::kSize; ++j) {
+          vecs[i][j] = from_float<T>(to_float(vecs[i][j]) + to_float(residual[i][j]));
+        }
+        store_vec(new_residual + offset(i), vecs[i]);
+      }
+    }
+  }
+
+  // Sum over the row of f(element), in float; every thread of the row gets it.
+  template <typename F>
+  __device__ float sum(const Vecs& vecs, RowSharedStorage<Config>& smem, F f) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (!inside(i)) break;
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) sum += f(to_float(vecs[i][j]));
+    }
+    if constexpr (Config::kThreadsPerRow <= 32) {
+      return warp_reduce_sum<Config::kThreadsPerRow>(sum);
+    } else {
+      return block_reduce_sum<Config::kThreads>(sum, smem.warp_sums);
+    }
+  }
+
+  // Write f(i, j, element) to the row of out.
+  template <typename F>
+  __device__ void store(const Vecs& vecs, const NormRows& rows, F f) const {
+    T* out = static_cast<T*>(rows.out) + int64_t(index) * hidden_size;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (!inside(i)) break;
+      Vec<T> y;
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) y[j] = from_float<T>(f(i, j, to_float(vecs[i][j])));
+      store_vec(out + offset(i), y);
+    }
+  }
+};
+
+namespace row_detail {
+
+using HalfWarp = RowConfig<16, 8, 1>;  // rows up to 256 bytes: a head of 128 in 16 bit
+using Warp = RowConfig<32, 4, 1>;      // 512 bytes
+using Small = RowConfig<128, 1, 1>;    // 2 KiB
+using Medium = RowConfig<256, 1, 2>;   // 8 KiB: hidden_size 4096 in 16 bit
+using Large = RowConfig<512, 1, 4>;    // 32 KiB
+using Huge = RowConfig<1024, 1, 4>;    // 64 KiB: hidden_size 16384 in fp32
+static_assert(Huge::kMaxRowBytes == kMaxRowBytes);
+
+}  // namespace row_detail
+
+// Calls launch(config) with the smallest configuration that holds a row of T in registers; nothing for no rows.
+template <typename T, typename Launch>
+void with_row_config(const char* kernel, const NormRows& rows, Launch launch) {
+  using namespace row_detail;
+  if (rows.num_tokens == 0) return;  // an empty grid is a launch error
+  const int64_t row_bytes = int64_t(rows.hidden_size) * int64_t(sizeof(T));
+  if (row_bytes <= HalfWarp::kMaxRowBytes) return launch(HalfWarp{});
+  if (row_bytes <= Warp::kMaxRowBytes) return launch(Warp{});
+  if (row_bytes <= Small::kMaxRowBytes) return launch(Small{});
+  if (row_bytes <= Medium::kMaxRowBytes) return launch(Medium{});
+  if (row_bytes <= Large::kMaxRowBytes) return launch(Large{});
+  if (row_bytes <= Huge::kMaxRowBytes) return launch(Huge{});
+  throw std::runtime_error(std::string(kernel) + ": a row must be at most " + std::to_string(kMaxRowBytes) +
+                           " bytes, got " + std::to_string(row_bytes));
+}
+
+template <typename Config>
+dim3 row_grid(const NormRows& rows) {
+  return dim3(unsigned((rows.num_tokens + Config::kRowsPerBlock - 1) / Config::kRowsPerBlock));
+}
+
+}  // namespace fastshard
