@@ -1,5 +1,7 @@
 // The activations of gated MLPs, one value at a time in fp32.
 #pragma once
+#include <cuda_runtime.h>
+
 #include "activation/activation.h"
 
 namespace fastshard {
