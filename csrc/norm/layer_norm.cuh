@@ -18,7 +18,7 @@ __global__ __launch_bounds__(Config::kThreads) void layer_norm_kernel(const Laye
 
   const float mean = row.sum(x, smem, [](float v) { return v; }) / p.rows.hidden_size;
   const float sum_sq = row.sum(x, smem, [&](float v) { return (v - mean) * (v - mean); });
-  const float rstd = rsqrtf(sum_sq / p.rows.hidden_size + p.eps);
+  const float rstd = 1.f / sqrtf(sum_sq / p.rows.hidden_size + p.eps);  // rsqrtf may be 2 ulp off
 
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
