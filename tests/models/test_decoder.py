@@ -2,13 +2,14 @@
 
 import copy
 
-import decoder_reference as reference
 import pytest
 import torch
 from torchtune.models.llama3_1._component_builders import llama3_1
 from torchtune.models.qwen2._component_builders import qwen2
 
+import decoder_reference as reference
 from fastshard import GeneralMHA, ModelConfig, Shard, ShardTransformerDecoder
+from helpers import assert_as_accurate
 
 EXO = {
     "vocab_size": 96,
@@ -212,3 +213,25 @@ def test_config_and_shard_must_agree():
         GeneralMHA(EXO, Shard("llama", 0, 1, 5))
     with pytest.raises(ValueError, match="config must have vocab_size"):
         GeneralMHA({k: v for k, v in EXO.items() if k != "vocab_size"}, Shard("llama", 0, 1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_id", IDS.values())
+def test_16_bit_prefill_and_decode_err_no_more_than_eager_pytorch(model_id, dtype, device):
+    torch.manual_seed(0)
+    sizes = {"head_dim": 64, "num_layers": 2}
+    config = ModelConfig.from_dict(EXO | sizes, model_id)
+    shard = Shard(model_id, 0, 1, 2)
+    model = GeneralMHA(config, shard, device=device, dtype=dtype)
+    state = reference.random_state(model)
+    model.load_state_dict(state)
+    tokens = torch.randint(0, EXO["vocab_size"], (2, 6))
+    golden, naive = (
+        reference.logits(
+            state, config, reference.hidden_states(state, config, tokens, range(2), dtype=kind)
+        )
+        for kind in (torch.float64, dtype)
+    )
+    model.setup_caches(2, dtype, decoder_max_seq_len=8)
+    parts = [model(part.to(device)).cpu() for part in tokens.split([4, 1, 1], 1)]
+    assert_as_accurate(torch.cat(parts, 1), golden, naive.float())
