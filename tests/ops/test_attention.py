@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from fastshard import ops
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float16, torch.bfloat16]
 NAN = float("nan")
 large = pytest.mark.large
+CUDA_ONLY = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
+)
 
 
 def visible_keys(
@@ -93,8 +96,8 @@ BORDERS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129]
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("s_kv", [*BORDERS, pytest.param(513, marks=large)])
-@pytest.mark.parametrize("s_q", [1, 17, 64, 65, pytest.param(257, marks=large)])
+@pytest.mark.parametrize("s_kv", [*BORDERS, 513])
+@pytest.mark.parametrize("s_q", [1, 17, 64, 65, 257])
 def test_tile_borders(s_q, s_kv, causal, device):
     """Causal with s_q > s_kv leaves the first queries with nothing."""
     check(*make_qkv(device, torch.float16, s_q=s_q, s_kv=s_kv), causal=causal)
@@ -230,13 +233,11 @@ def test_cached(head_dim, s_q, device):
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("s_max", [1024, pytest.param(5000, marks=large)])
-def test_long_cache(s_max, layer_norm, head_dim, device):
+@pytest.mark.parametrize("s_q", [2, 10])
+def test_long_cache(s_q, layer_norm, head_dim, device):
     """Long enough for its keys to be split over blocks; rows far shorter than the cache."""
-    rows = [0, 1, 65, s_max - 3]
-    q, k, v = make_qkv(
-        device, torch.float16, b=4, s_q=2, s_kv=s_max, num_kv_heads=1, group=3, head_dim=head_dim
-    )
+    rows = [0, 1, 65, 1800 - 3]
+    q, k, v = make_qkv(device, torch.float16, b=4, s_q=s_q, s_kv=1800, group=3, head_dim=head_dim)
     for row, length in enumerate(rows):
         k[row, length:], v[row, length:] = NAN, NAN
     kv_lengths = torch.tensor(rows, device=device)
@@ -245,6 +246,32 @@ def test_long_cache(s_max, layer_norm, head_dim, device):
         check(q, k, v, causal=True, kv_lengths=kv_lengths, window=300)
     else:
         check_layer_norm(q, k, v, causal=True, kv_lengths=kv_lengths)
+
+
+@large
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_as_many_splits_as_there_can_be(layer_norm, device):
+    q, k, v = make_qkv(device, torch.float16, s_q=1, s_kv=40000)
+    (check_layer_norm if layer_norm else check)(q, k, v)
+
+
+@large
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_long_prefill(head_dim, device):
+    q, k, v = make_qkv(device, torch.bfloat16, s_q=700, s_kv=1100, group=3, head_dim=head_dim)
+    check(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("s_q", [4, 40])
+def test_nan_stays_in_its_row(s_q, device):
+    """Rows share tiles, not results: a NaN in one query must show there, and nowhere else."""
+    q, k, v = make_qkv(device, torch.float16, s_q=s_q, s_kv=70, group=3)
+    expected = ops.attention(q, k, v, causal=True)
+    q[:, 2, 1] = NAN
+    actual = ops.attention(q, k, v, causal=True)
+    assert actual[:, 2, 1].isnan().all()
+    actual[:, 2, 1] = expected[:, 2, 1]
+    assert torch.equal(actual, expected)
 
 
 def test_strided_qkv(device):
@@ -397,10 +424,8 @@ def test_rejects_wrong_cache_and_weight(device):
         ops.attention_layer_norm(q, k, v, bias=torch.ones(63, device=device).half())
 
 
-@pytest.mark.cuda
+@CUDA_ONLY
 def test_rejects_other_devices_and_float32(device):
-    if device.type != "cuda":
-        pytest.skip("a rule about CUDA tensors")
     arguments = tensors(device)
     with pytest.raises(ValueError, match=r"v must be on cuda:0 like q, got cpu"):
         ops.attention(**arguments | {"v": arguments["v"].cpu()})
@@ -436,6 +461,52 @@ def test_opcheck(device):
     torch.library.opcheck(attention, (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, *rules))
     torch.library.opcheck(attention, (q, k, v, mask, False, None, None, None, None, 0.125))
     torch.library.opcheck(layer_norm, (q, k, v, weight, bias, 1e-5, *rules))
+
+
+# Prefill, decode in one block a row, and decode with split keys.
+SHAPES = [{"s_q": 70, "s_kv": 70}, {"s_q": 1, "s_kv": 70}, {"s_q": 1, "s_kv": 4096}]
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_replays_in_a_graph(shape, device):
+    q, k, v = make_qkv(device, torch.float16, group=4, head_dim=128, **shape)
+    k_cache, v_cache = (t.transpose(1, 2).contiguous() for t in (k, v))
+    lengths = torch.tensor([shape["s_kv"] - 2], device=device)
+    assert_replays_in_a_graph(lambda: ops.cached_attention(q, k_cache, v_cache, lengths), q)
+    assert_replays_in_a_graph(lambda: ops.attention_layer_norm(q, k, v, causal=True), k)
+
+
+@CUDA_ONLY
+def test_graph_follows_the_lengths(device):
+    """Lengths live on the device: one captured graph serves every length of the cache."""
+    q, k, v = make_qkv(device, torch.float16, b=2, s_q=1, s_kv=4096, num_kv_heads=2, group=4)
+    k_cache, v_cache = (t.transpose(1, 2).contiguous() for t in (k, v))
+    lengths = torch.tensor([1, 2], device=device)
+    ops.cached_attention(q, k_cache, v_cache, lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.cached_attention(q, k_cache, v_cache, lengths)
+    for new in ([5, 4096], [0, 777]):
+        lengths.copy_(torch.tensor(new))
+        graph.replay()
+        assert torch.equal(captured, ops.cached_attention(q, k_cache, v_cache, lengths))
+        visible = visible_keys(2, 1, 4096, kv_lengths=lengths).to(device)
+        golden = full_matrix(q.double(), k.double(), v.double(), visible)
+        assert_as_accurate(captured, golden, full_matrix(q, k, v, visible))
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_runs_our_kernels(shape, device):
+    q, k, v = make_qkv(device, torch.float16, group=4, head_dim=128, **shape)
+    expected = ["fastshard::attention_kernel"]
+    if shape["s_kv"] == 4096:
+        expected.append("fastshard::attention_combine_kernel")
+    for call in (ops.attention, ops.attention_layer_norm):
+        names = cuda_kernel_names(lambda call=call: call(q, k, v))
+        assert len(names) == len(expected)
+        assert all(part in name for part, name in zip(expected, names, strict=True))
 
 
 def test_cost():

@@ -1,0 +1,182 @@
+// torch boundary of csrc/attention: check memory safety, fill Params, dispatch on dtype, launch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <climits>
+
+#include "attention/attention.h"
+#include "ops/check.h"
+#include "ops/stable_box.h"
+
+namespace fastshard {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The keywords that all attention ops share, in the order of their schemas.
+struct Rules {
+  const OptionalTensor& mask;
+  bool causal;
+  const OptionalTensor& kv_lengths;
+  const OptionalTensor& first_key;
+  std::optional<int64_t> window;
+  std::optional<double> softcap;
+  double softmax_scale;
+};
+
+struct LayerNorm {
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  double eps;
+};
+
+// t, or a contiguous copy where its rows of head_dim are not of unit stride and 16-byte aligned.
+Tensor with_aligned_rows(const Tensor& t) {
+  bool usable = is_aligned16(t) && t.stride(3) == 1;
+  for (int64_t i = 0; i < 3; ++i) usable &= t.size(i) <= 1 || t.stride(i) % 8 == 0;
+  if (usable) return t;
+  Tensor copy = torch::stable::new_empty(t, shape_of(t));
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+AttentionStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+int checked_int(const char* name, int64_t value) {
+  STD_TORCH_CHECK(value <= INT_MAX, "attention: ", name, " must be at most ", INT_MAX, ", got ", value);
+  return static_cast<int>(value);
+}
+
+AttentionIndices indices_of(const char* name, const OptionalTensor& t, const Tensor& q) {
+  if (!t) return {};
+  const ScalarType type = t->scalar_type();
+  STD_TORCH_CHECK(t->device() == q.device() && t->dim() == 1 && t->size(0) == q.size(0) &&
+                      (type == ScalarType::Int || type == ScalarType::Long),
+                  "attention: ", name, " must be int32 or int64 [", q.size(0), "] on the device of q");
+  return {t->const_data_ptr(), t->stride(0), type == ScalarType::Long};
+}
+
+// storage keeps a converted copy alive; [b | 1, s_q, S].
+AttentionMask mask_of(const OptionalTensor& mask, const Tensor& q, Tensor& storage) {
+  if (!mask) return {nullptr, 0, 0, 0, AttentionMaskType::kNone};
+  STD_TORCH_CHECK(mask->device() == q.device() && mask->dim() == 3 && mask->size(1) == q.size(1) &&
+                      (mask->size(0) == 1 || mask->size(0) == q.size(0)),
+                  "attention: mask must be [1 or ", q.size(0), ", ", q.size(1), ", S] on the device of q");
+  AttentionMaskType type = AttentionMaskType::kFloat32;
+  storage = *mask;
+  switch (mask->scalar_type()) {
+    case ScalarType::Bool:     type = AttentionMaskType::kBool; break;
+    case ScalarType::Half:     type = AttentionMaskType::kFloat16; break;
+    case ScalarType::BFloat16: type = AttentionMaskType::kBfloat16; break;
+    case ScalarType::Float:    break;
+    default:                   storage = torch::stable::to(*mask, ScalarType::Float);
+  }
+  return {storage.const_data_ptr(), storage.size(0) == 1 ? 0 : storage.stride(0), storage.stride(1), storage.stride(2),
+          type};
+}
+
+template <typename T>
+void launch(AttentionParams& params, const Tensor& out) {
+  params.num_splits = attention_num_splits<T>(params);
+  Tensor partials;
+  if (params.num_splits > 1) {
+    const int64_t num_parts = params.num_splits * params.num_rows();
+    partials = torch::stable::new_empty(out, {num_parts * (params.head_dim + 2)}, ScalarType::Float);
+    params.partial_out = static_cast<float*>(partials.mutable_data_ptr());
+    params.partial_max = params.partial_out + num_parts * params.head_dim;
+    params.partial_sum = params.partial_max + num_parts;
+  }
+  attention<T>(params, current_stream(out));
+}
+
+Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const LayerNorm* layer_norm,
+           const Rules& rules) {
+  STD_TORCH_CHECK(q_in.dim() == 4 && k_in.dim() == 4 && shape_of(v_in) == shape_of(k_in) &&
+                      k_in.size(0) == q_in.size(0) && k_in.size(3) == q_in.size(3),
+                  "attention: q must be [b, s_q, num_qo_heads, head_dim], k and v [b, s_kv, num_kv_heads, head_dim]");
+  FS_CHECK_LIKE(k_in, q_in);
+  FS_CHECK_LIKE(v_in, q_in);
+  const int64_t num_qo_heads = q_in.size(2), num_kv_heads = k_in.size(2), head_dim = q_in.size(3);
+  STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads % num_kv_heads == 0, "attention: q must have a multiple of k's ",
+                  num_kv_heads, " heads, got ", num_qo_heads);
+  STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kAttentionMaxHeadDim,
+                  "attention: head_dim must be a multiple of 8 up to ", kAttentionMaxHeadDim, ", got ", head_dim);
+
+  const DeviceGuard guard(q_in);
+  Tensor out = torch::stable::new_empty(q_in, shape_of(q_in));  // contiguous, whatever q's strides
+  if (out.numel() == 0) return out;
+  const Tensor q = with_aligned_rows(q_in), k = with_aligned_rows(k_in), v = with_aligned_rows(v_in);
+  Tensor mask, weight, bias;  // hold what the pointers below point to
+
+  AttentionParams params{};
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.q_strides = strides_of(q);
+  params.k_strides = strides_of(k);
+  params.v_strides = strides_of(v);
+  params.batch = checked_int("batch", q.size(0));
+  params.s_q = checked_int("s_q", q.size(1));
+  params.s_kv = checked_int("s_kv", k.size(1));
+  params.num_kv_heads = checked_int("num_kv_heads", num_kv_heads);
+  params.group = checked_int("heads of a group", num_qo_heads / num_kv_heads);
+  checked_int("s_q * group", q.size(1) * params.group);
+  params.head_dim = static_cast<int>(head_dim);
+
+  params.mask = mask_of(rules.mask, q, mask);
+  params.kv_lengths = indices_of("kv_lengths", rules.kv_lengths, q);
+  params.first_key = indices_of("first_key", rules.first_key, q);
+  params.max_keys = rules.mask ? static_cast<int>(std::min(k.size(1), mask.size(2))) : params.s_kv;
+  params.causal = rules.causal;
+  params.window = static_cast<int>(std::clamp<int64_t>(rules.window.value_or(0), 0, INT_MAX / 2));
+  params.softcap = static_cast<float>(rules.softcap.value_or(0));
+  params.softmax_scale = static_cast<float>(rules.softmax_scale);
+
+  if (layer_norm != nullptr) {
+    params.layer_norm = true;
+    params.eps = static_cast<float>(layer_norm->eps);
+    const auto vector_of = [&](const OptionalTensor& t, Tensor& storage) -> const void* {
+      if (!t) return nullptr;
+      FS_CHECK_LIKE(*t, q);
+      storage = torch::stable::contiguous(*t);
+      FS_CHECK_VECTOR(storage, head_dim);
+      return storage.const_data_ptr();
+    };
+    params.weight = vector_of(layer_norm->weight, weight);
+    params.bias = vector_of(layer_norm->bias, bias);
+  }
+
+  switch (q.scalar_type()) {
+    case ScalarType::Half:     launch<__half>(params, out); break;
+    case ScalarType::BFloat16: launch<__nv_bfloat16>(params, out); break;
+    default:
+      STD_TORCH_CHECK(false, "attention: q must be float16 or bfloat16, got ",
+                      torch::headeronly::toString(q.scalar_type()));
+  }
+  return out;
+}
+
+Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, bool causal,
+                      const OptionalTensor& kv_lengths, const OptionalTensor& first_key, std::optional<int64_t> window,
+                      std::optional<double> softcap, double softmax_scale) {
+  return run(q, k, v, nullptr, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale});
+}
+
+Tensor attention_layer_norm_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& weight,
+                                 const OptionalTensor& bias, double eps, const OptionalTensor& mask, bool causal,
+                                 const OptionalTensor& kv_lengths, const OptionalTensor& first_key,
+                                 std::optional<int64_t> window, std::optional<double> softcap, double softmax_scale) {
+  const LayerNorm layer_norm{weight, bias, eps};
+  return run(q, k, v, &layer_norm, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FS_OP_NAMESPACE, FS_OP_KEY, m) {
+  FS_IMPL(m, "attention", attention_cuda);
+  FS_IMPL(m, "attention_layer_norm", attention_layer_norm_cuda);
+}
+
+}  // namespace fastshard
