@@ -68,7 +68,7 @@ def _add_generate(commands) -> None:
     )
     add("--device", help="cpu, cuda or cuda:N (default: the GPU, if this build serves one)")
     add("--dtype", choices=_DTYPES, help="default: float32 on a CPU, else the checkpoint's 16 bit")
-    add("--max-new-tokens", type=_count, metavar="N", default=256, help="default: 256")
+    add("--max-new-tokens", type=_count, metavar="N", default=128, help="default: 128")
     sampled = "(default: as the checkpoint says, or"
     add("--temperature", type=_number, metavar="T", help=f"0 is greedy {sampled} 0)")
     add("--top-k", type=_whole, metavar="K", help=f"only the K likeliest tokens {sampled} all)")
@@ -94,7 +94,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from fastshard.loading import demo_model, load_chain
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    checkpoint = Checkpoint(args.model or demo_model())
+    checkpoint = Checkpoint(demo_model() if args.model is None else args.model)
     if checkpoint.tokenizer is None:
         raise ValueError(f"{checkpoint.name}: tokenizer.json is missing")
     layers = args.layers or even_split(checkpoint.config.num_layers, args.shards or 1)

@@ -11,7 +11,7 @@ from fastshard.models import ModelConfig, ShardedGeneralModel
 from fastshard.sampling import Sampling
 from fastshard.text import Detokenizer, StopFilter
 
-DEFAULT_NEW_TOKENS = 256
+DEFAULT_NEW_TOKENS = 128
 
 
 class TextGenerator:

@@ -18,7 +18,7 @@ from fastshard.generate import ShardChain, TextGenerator, TextStream
 from fastshard.models import Shard, ShardedGeneralModel
 
 Report = Callable[[int, int], None]
-"""Called with (done, total) while weights are copied."""
+"""Called while weights are copied, with elements done and elements in all."""
 
 
 class TextModel(ShardedGeneralModel, TextGenerator):
@@ -63,7 +63,7 @@ def load(
         ValueError: the shard is not of this model.
         RuntimeError: the device is not there, or the shard does not fit on it.
     """
-    checkpoint = Checkpoint(source or demo_model())
+    checkpoint = Checkpoint(demo_model() if source is None else source)
     shard = shard or whole(checkpoint)
     models = _load(checkpoint, [shard], device, dtype, use_cache, max_generated_tokens)
     return models[0]
@@ -132,15 +132,19 @@ def _load(
     models = [
         TextModel(config, shard, "meta", dtype, use_cache, max_generated_tokens) for shard in shards
     ]
-    for i, model in enumerate(models):
+    total = sum(t.numel() for model in models for t in model.model.state_dict().values())
+    done = 0
+
+    def count(num_elements: int) -> None:
+        nonlocal done
+        done += num_elements
+        if report:
+            report(done, total)
+
+    for model in models:
         model.to_empty(device=device)
-        load_weights(
-            model.model.state_dict(),
-            checkpoint.weights,
-            config,
-            model.shard,
-            report and (lambda done, total, i=i: report(i * total + done, len(models) * total)),
-        )
+        targets = model.model.state_dict()
+        load_weights(targets, checkpoint.weights, config, model.shard, count)
         model.requires_grad_(False).eval()
         model.tokenizer = checkpoint.tokenizer
         model.generation_defaults = checkpoint.generation_defaults

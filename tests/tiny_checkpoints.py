@@ -97,5 +97,8 @@ def write_tokenizer(path: Path, **config) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}} | config
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>"},
+    } | config
     (path / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -54,12 +54,7 @@ class Hub:
 
     def find(self, filename: str) -> Path | None:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.name, filename))
@@ -71,7 +66,7 @@ class Hub:
             ) from error
         except EntryNotFoundError:
             return None
-        except (RepositoryNotFoundError, HfHubHTTPError) as error:
+        except (OSError, ValueError) as error:  # no such repository, no access, no such id
             raise CheckpointError(
                 f"{self.name}: cannot fetch {filename} from the hub, "
                 f"{str(error).strip().splitlines()[0]}"
@@ -91,7 +86,7 @@ def open_source(source: str | Path) -> Source:
         FileNotFoundError: neither.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if str(source) and path.is_dir():
         return Directory(path)
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         return Hub(source)

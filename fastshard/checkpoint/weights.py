@@ -20,7 +20,7 @@ def load_weights(
     index: WeightIndex,
     config: ModelConfig,
     shard: Shard,
-    report: Callable[[int, int], None] | None = None,
+    report: Callable[[int], None] | None = None,
 ) -> None:
     """Fill ``targets`` in place with the checkpoint's tensors, cast to their dtype.
 
@@ -29,7 +29,7 @@ def load_weights(
     Args:
         targets: The decoder's state dict under torchtune's names, all of this shard and no other.
         index: The checkpoint, under Hugging Face's or torchtune's names.
-        report: Called with (elements copied, of how many) after each block.
+        report: Called after each block with its number of elements.
 
     Raises:
         CheckpointError: a tensor of this shard is missing, unexpected, truncated or of another
@@ -41,7 +41,6 @@ def load_weights(
         _check(name, target, sources[name], index)
 
     permutes = config.rope_interleaved and any(map(names.is_hugging_face, index.file_names))
-    total, copied = sum(target.numel() for target in targets.values()), 0
     for name, target in targets.items():
         rotated = permutes and names.is_rotated(name)
         file = index.file_of(sources[name])
@@ -57,9 +56,8 @@ def load_weights(
                 names.copy_rotated(target[start:stop], block, config.head_dim, config.rotary_dim)
             else:
                 target[start:stop].copy_(block)
-            copied += block.numel()
             if report:
-                report(copied, total)
+                report(block.numel())
 
 
 def match_names(

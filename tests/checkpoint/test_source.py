@@ -1,0 +1,117 @@
+"""Directories and the hub: which files are asked for, and what is said where there are none."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import make_reference, write_tokenizer
+
+import fastshard
+from fastshard import CheckpointError, Shard
+from fastshard.checkpoint.source import Directory, Hub, open_source
+
+REPO = "someone/tiny"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A hub of one repository, weights in three files; returns (directory, names asked)."""
+    make_reference("llama").save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    files = {}
+    for name in tensors:
+        layer = (
+            name.split(".")[2]
+            if ".layers." in name
+            else {"model.embed_tokens.weight": "0"}.get(name, "2")
+        )
+        files[name] = f"model-{layer}.safetensors"
+    for file in set(files.values()):
+        save_file({k: v for k, v in tensors.items() if files[k] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    asked = []
+
+    def download(repo_id, filename):
+        assert repo_id == REPO
+        asked.append(filename)
+        if not (tmp_path / filename).exists():
+            raise errors.EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return tmp_path, asked
+
+
+def test_only_the_files_of_the_shard_are_fetched(repository):
+    path, asked = repository
+    shard = Shard(REPO, 1, 1, 3)
+    actual = fastshard.load(REPO, shard=shard, device="cpu").model.state_dict()
+    expected = fastshard.load(path, shard=shard, device="cpu").model.state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    weights = [name for name in asked if name.endswith(".safetensors")]
+    assert weights == ["model-1.safetensors"]
+    assert set(asked) - set(weights) <= {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+    }
+
+
+def test_whole_model_from_the_hub_streams(repository):
+    (repository[0] / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="stream needs a tokenizer"):
+        fastshard.load(REPO, device="cpu").stream("x")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.LocalEntryNotFoundError("offline"), "is not in its cache"),
+        (ConnectionError("no route"), "no route"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_raises(monkeypatch, error, message):
+    def download(repo_id, filename):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(
+        CheckpointError, match=rf"someone/tiny: cannot fetch config\.json from the hub.*{message}"
+    ):
+        fastshard.load(REPO, device="cpu")
+
+
+def test_a_file_known_to_be_absent_is_none_offline(monkeypatch):
+    def download(repo_id, filename):
+        raise errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda *_: huggingface_hub._CACHED_NO_EXIST
+    )
+    assert Hub(REPO).find("chat_template.jinja") is None
+
+
+def test_a_directory_wins_over_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "someone" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(open_source(REPO), Directory)
+    monkeypatch.chdir(tmp_path / "someone")
+    assert isinstance(open_source(REPO), Hub)
+
+
+@pytest.mark.parametrize("source", ["/no/such", "./a/b", "../a", "word", "a/b/c", Path("a/b"), ""])
+def test_neither_directory_nor_hub_id_raises(source):
+    with pytest.raises(
+        FileNotFoundError, match="source must be a directory or a hub id like owner/name, got"
+    ):
+        open_source(source)

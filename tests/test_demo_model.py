@@ -1,0 +1,108 @@
+"""The embedded model: small, whole, equal to transformers, and the first thing a newcomer runs."""
+
+import inspect
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import fastshard
+from fastshard.checkpoint import Checkpoint
+from fastshard.loading import demo_model
+
+NUM_LAYERS = 5
+MAX_LOSS = 6.0
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fastshard.load(device="cpu")
+
+
+def run_generate(tmp_path, *arguments):
+    """``fastshard generate`` in a process of its own; returns its result and its CPU seconds."""
+    command = [sys.executable, "-m", "fastshard", "generate", "--device", "cpu", *arguments]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return result, seconds
+
+
+def test_files_are_small_enough_for_the_wheel():
+    files = list(demo_model().iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "LICENSE.txt"} <= {
+        file.name for file in files
+    }
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+
+
+def test_shape():
+    config = Checkpoint(demo_model()).config
+    assert (config.num_layers, config.hidden_size, config.vocab_size) == (NUM_LAYERS, 256, 2048)
+    assert config.tie_word_embeddings
+    assert config.num_heads // config.num_kv_heads == 2
+
+
+def test_logits_equal_transformers(model):
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
+    tokens = torch.tensor([model.tokenizer.encode("class Parser:\n    def __init__(self")])
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    torch.testing.assert_close(model.generate(tokens)[1], expected, atol=1e-4, rtol=0)
+
+
+def test_tokenizer_equals_transformers(model):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(demo_model())
+    text = "def f(x):\n\treturn 'Grüße' * 3  # \N{FIRE}\n"
+    assert model.tokenizer.encode(text) == reference(text).input_ids
+    assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
+
+
+def test_it_knows_the_language(model):
+    """Its loss on a text of the kind it was trained on; a random model has ln(2048) = 7.6."""
+    tokens = torch.tensor([model.tokenizer.encode(inspect.getsource(textwrap.dedent))])
+    _, logits = model.generate(tokens[:, :-1])
+    assert torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]) < MAX_LOSS
+
+
+def test_generate_prints_text_and_shards_print_the_same(tmp_path):
+    """From a cold start, in less than 15 s of one core: wall time on a machine that is free."""
+    whole, seconds = run_generate(tmp_path, "def ")
+    assert seconds < 15
+    expected = "".join(fastshard.load(device="cpu").stream("def "))
+    assert whole.stdout == expected + "\n"
+    assert len(expected) > 100
+    assert "tokens/s" in whole.stderr
+    cut, _ = run_generate(tmp_path, "--shards", "2", "def ")
+    assert cut.stdout == whole.stdout
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 0.8, "seed": 1}])
+def test_token_by_token_equals_full_recompute(model, settings):
+    from fastshard.sampling import Sampling
+
+    sampling = Sampling(**settings)
+    prompt = model.tokenizer.encode("def ")
+    (actual,) = fastshard.generate_batch(model, [prompt], max_new_tokens=40, sampling=sampling)
+    without_cache = fastshard.load(device="cpu", use_cache=False)
+    tokens = list(prompt)
+    for step in range(40):
+        _, logits = without_cache.generate(torch.tensor([tokens]), num_logits=1)
+        tokens.append(sampling.choose(logits[:, -1], torch.tensor(step)).item())
+    assert actual == tokens[len(prompt) :]

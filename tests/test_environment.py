@@ -1,0 +1,27 @@
+"""Environment variables: where the cache is."""
+
+from pathlib import Path
+
+import pytest
+
+from fastshard.environment import cache_dir
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "/home/ann/.cache/fastshard"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/fastshard"),
+        ({"XDG_CACHE_HOME": "relative"}, "/home/ann/.cache/fastshard"),
+        ({"XDG_CACHE_HOME": ""}, "/home/ann/.cache/fastshard"),
+        ({"XDG_CACHE_HOME": "/x", "FASTSHARD_CACHE_DIR": "/y"}, "/y"),
+        ({"FASTSHARD_CACHE_DIR": ""}, "/home/ann/.cache/fastshard"),
+    ],
+)
+def test_cache_dir(monkeypatch, variables, expected):
+    for name in ("FASTSHARD_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/ann")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_dir() == Path(expected)
