@@ -36,7 +36,10 @@ FLAGS = [
     *("-DFS_EMULATOR", "-DFS_OP_NAMESPACE=fastshard_emulator", "-DFS_OP_KEY=CPU"),
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
-KERNEL_FLAGS = ["-fsanitize=alignment,bounds-strict"]  # simt.cpp has their handlers
+KERNEL_FLAGS = [
+    "-fsanitize=alignment,bounds-strict",  # simt.cpp has the handlers
+    "-ftrivial-auto-var-init=pattern",  # registers that nobody wrote hold NaN as fp16, else -1e38
+]
 
 
 class MissingTool(RuntimeError):
@@ -170,8 +173,8 @@ def build_library(
 
     Args:
         output: The library to write.
-        sources: ``.cu`` and ``.cpp`` files; those in ``csrc/ops`` see torch.
-        csrc: Where the project's headers are looked for.
+        sources: ``.cu`` and ``.cpp`` files. Of a function that several define, the first counts.
+        csrc: Where the sources in it find the project's headers; others find the checkout's.
         flags: More of the compiler's.
 
     Returns:
@@ -190,7 +193,8 @@ def build_library(
             extra = ["-O3"]
         else:
             extra = KERNEL_FLAGS if source.suffix == ".cu" else torch_compile
-        return compile_object(source, csrc, flags + extra, identity)
+        root = csrc if source.is_relative_to(csrc) else CSRC
+        return compile_object(source, root, flags + extra, identity)
 
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:

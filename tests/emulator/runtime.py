@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,8 +78,10 @@ def emulated(
         return call
 
     implementations = torch.library.Library("fastshard", "IMPL")
-    for name in op_names():
-        implementations.impl(name, stand_in(name), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name in op_names():
+            implementations.impl(name, stand_in(name), "CPU", allow_override=True)
     try:
         yield calls
     finally:

@@ -1,0 +1,122 @@
+"""Small checks of the emulated kernels against the CPU references, for mutants to fail.
+
+``python -m emulator.checks LIBRARY CHECK...`` runs checks on an emulator library, each under
+several schedules. Exit status: 0 all hold, FAILED one does not, else the checks are broken.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emulator import runtime
+from fastshard import ops
+
+FAILED = 3
+SEEDS = ["", "1", "2", "3", "4", "5"]  # of FASTSHARD_EMULATOR_SEED
+Results = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A call to compare with and without emulator.
+
+    Attributes:
+        sources: The kernel sources that it runs, a pattern in csrc.
+        prepare: Makes inputs and returns the call.
+    """
+
+    sources: str
+    prepare: Callable[[], Callable[[], Results]]
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(sources: str):
+    """Register the decorated function as a `Check`, by its name."""
+
+    def register(prepare: Callable[[], Callable[[], Results]]):
+        CHECKS[prepare.__name__] = Check(sources, prepare)
+        return prepare
+
+    return register
+
+
+def inside_nan(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Random values, each row of them followed by NaN."""
+    padded = torch.full((*shape[:-1], shape[-1] + 64), float("nan"), dtype=dtype)
+    padded[..., : shape[-1]] = torch.randn(shape) * scale
+    return padded[..., : shape[-1]]
+
+
+@check("norm/*.cu")
+def norm():
+    x, weight = inside_nan(3, 600, dtype=torch.float16), inside_nan(600, dtype=torch.float16)
+    return lambda: (ops.rms_norm(x, weight, 0.1), ops.layer_norm(x, weight, None, 0.1))
+
+
+@check("gemv/*.cu")
+def linear():
+    """More tiles than blocks, a ragged last one; activations of one chunk, and of two."""
+    x = inside_nan(8, 2136, dtype=torch.bfloat16)
+    weight = inside_nan(140, 2136, dtype=torch.bfloat16, scale=2136**-0.5)
+    norm_weight = inside_nan(2136, dtype=torch.bfloat16)
+    return lambda: (
+        ops.linear(x[:, :600], weight[:, :600]),
+        ops.linear(x, weight, norm_weight=norm_weight, norm_eps=0.1),
+    )
+
+
+def disagreement(actual: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with `actual`; a rounding or two of the dtype is not."""
+    if not actual.isfinite().all():
+        return "not finite"
+    if not actual.is_floating_point():
+        return None if torch.equal(actual, expected) else "differs"
+    error = (actual.double() - expected.double()).abs().max().item()
+    allowed = 8 * torch.finfo(actual.dtype).eps * expected.double().abs().max().item()
+    return None if error <= allowed else f"error {error:.2e} > {allowed:.2e}"
+
+
+def run_check(name: str, kernels: dict[str, Callable]) -> str | None:
+    """What the emulated kernels do wrong, under the first schedule under which they do."""
+    torch.manual_seed(0)
+    call = CHECKS[name].prepare()
+
+    def results() -> tuple[Tensor, ...]:
+        result = call()
+        return (result,) if isinstance(result, Tensor) else result
+
+    def missing(op: str) -> None:
+        raise KeyError(f"csrc has no kernel of {op}")
+
+    expected = results()
+    for seed in SEEDS:
+        os.environ["FASTSHARD_EMULATOR_SEED"] = seed
+        try:
+            with runtime.emulated(kernels, missing):
+                actual = results()
+        except RuntimeError as error:
+            if not str(error).startswith("emulator: "):
+                raise
+            return f"{name}, seed {seed!r}: {error}"
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            if problem := disagreement(a, e):
+                return f"{name}, seed {seed!r}, result {i}: {problem}"
+    return None
+
+
+def main(library: str, *names: str) -> int:
+    kernels = runtime.load(Path(library))
+    problems = [problem for name in names if (problem := run_check(name, kernels))]
+    print("\n".join(problems))
+    return FAILED if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

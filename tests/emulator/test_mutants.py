@@ -1,0 +1,152 @@
+"""Kernels with one fault put in: the emulator must see each of them.
+
+A mutant is a snippet of a kernel source, replaced. Its check (checks.py) must hold for the kernels
+as they are, and fail for the mutant.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from emulator import checks
+from emulator.build import CSRC, HERE, MissingTool, build, build_library, product_sources
+from helpers import skip_or_fail
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault in one file.
+
+    Attributes:
+        name: What is wrong.
+        check: Of `checks.CHECKS`, which must fail.
+        file: In csrc.
+        snippet: Occurs once in the file.
+        replacement: What takes its place.
+    """
+
+    name: str
+    check: str
+    file: str
+    snippet: str
+    replacement: str = ""
+
+    def apply(self, csrc: Path) -> None:
+        path = csrc / self.file
+        text = path.read_text()
+        found = text.count(self.snippet)
+        assert found == 1, f"{self.file} has this snippet {found} times, not once:\n{self.snippet}"
+        path.write_text(text.replace(self.snippet, self.replacement))
+
+
+MUTANTS = [
+    Mutant(
+        "block_reduce: no barrier before the sums of the warps are read",
+        "norm",
+        "common/reduce.cuh",
+        "  if (lane == 0) scratch[warp] = v;\n  __syncthreads();\n",
+        "  if (lane == 0) scratch[warp] = v;\n",
+    ),
+    Mutant(
+        "block_reduce: no barrier after the sums of the warps are read",
+        "norm",
+        "common/reduce.cuh",
+        "  __syncthreads();  // a second call may overwrite scratch\n",
+    ),
+    Mutant(
+        "norm: sums past the end of a row",
+        "norm",
+        "norm/row.cuh",
+        "      if (!inside(i)) break;\n#pragma unroll\n"
+        "      for (int j = 0; j < Vec<T>::kSize; ++j) sum +=",
+        "      for (int j = 0; j < Vec<T>::kSize; ++j) sum +=",
+    ),
+    Mutant(
+        "gemv: no barrier before a chunk of activations is overwritten",
+        "linear",
+        "gemv/tile.cuh",
+        "        __syncthreads();  // the chunk before has been read\n",
+    ),
+    Mutant(
+        "gemv: no barrier after activations are loaded",
+        "linear",
+        "gemv/tile.cuh",
+        "        load_activations(p, smem, k0, chunk);\n        __syncthreads();\n",
+        "        load_activations(p, smem, k0, chunk);\n",
+    ),
+    Mutant(
+        "gemv: no barrier before the sums of a tile are overwritten",
+        "linear",
+        "gemv/tile.cuh",
+        "  __syncthreads();  // the sums of the tile before have been read\n",
+    ),
+    Mutant(
+        "gemv: no barrier before the sums of a tile are read",
+        "linear",
+        "gemv/tile.cuh",
+        "  __syncthreads();\n  // Of a fragment",
+        "  // Of a fragment",
+    ),
+    Mutant(
+        "gemv: reads weights past the end of a row",
+        "linear",
+        "gemv/tile.cuh",
+        "n < p.out_features && column < p.in_features",
+        "n < p.out_features",
+    ),
+]
+
+
+def run_checks(library: Path, *names: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P", "-m", "emulator.checks", str(library), *names]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "FASTSHARD_EMULATOR_SMS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def run_mutant(mutant: Mutant, folder: Path) -> subprocess.CompletedProcess:
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    mutant.apply(csrc)
+    # Of the kernels only those that the check runs: the rest is compiled already.
+    sources = sorted(csrc.glob(checks.CHECKS[mutant.check].sources)) + product_sources()
+    unique = {source.name: source for source in reversed(sources)}
+    library = build_library(folder / "mutant.so", list(reversed(unique.values())), csrc)
+    return run_checks(library, mutant.check)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    try:
+        return build(tmp_path_factory.mktemp("emulator"))
+    except MissingTool as error:
+        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"the emulator cannot be built: {error}")
+
+
+@pytest.fixture(scope="module")
+def runs(request, library, tmp_path_factory):
+    """Mutant -> the run of its check. Those selected run side by side, one on each core."""
+    mutants = [
+        item.callspec.params.get("mutant")
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {m: pool.submit(run_mutant, m, tmp_path_factory.mktemp("mutant")) for m in mutants}
+
+
+def test_checks_hold(library):
+    run = run_checks(library, *checks.CHECKS)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_fails(mutant, runs):
+    run = runs[mutant].result()
+    # A crash is a failure too: some mutants read where no memory is.
+    assert run.returncode == checks.FAILED or run.returncode < 0, run.stdout + run.stderr
