@@ -72,6 +72,32 @@ def linear():
     )
 
 
+@check("mlp/*.cu")
+def fused_mlp():
+    """Two tiles of gate_up a block, ragged tiles in both phases."""
+    x = inside_nan(3, 136, dtype=torch.float16)
+    gate_up_weight = inside_nan(2 * 40, 136, dtype=torch.float16, scale=136**-0.5)
+    down_weight = inside_nan(136, 40, dtype=torch.float16, scale=40**-0.5)
+    residual = inside_nan(3, 136, dtype=torch.float16)
+    return lambda: ops.fused_mlp(x, gate_up_weight, down_weight, residual=residual)
+
+
+@check("rope/*.cu")
+def rope_append():
+    """A slot and a position out of range: neither may write."""
+    q, k, v = (inside_nan(1, 3, 2, 64, dtype=torch.float16) for _ in range(3))
+    table = torch.randn(9, 32, 2)[:8]
+    positions, slots = torch.tensor([[1, 8, 2]]), torch.tensor([[4, 1, 5]])
+
+    def call() -> tuple[Tensor, ...]:
+        k_cache, v_cache, _ = torch.zeros(3, 1, 2, 5, 64, dtype=torch.float16)
+        overflow = torch.zeros(1, dtype=torch.int32)
+        rest = (table, positions, k_cache, v_cache, slots, overflow)
+        return ops.rope_append(q, k, v, *rest, interleaved=False), k_cache, v_cache, overflow
+
+    return call
+
+
 def disagreement(actual: Tensor, expected: Tensor) -> str | None:
     """What is wrong with `actual`; a rounding or two of the dtype is not."""
     if not actual.isfinite().all():

@@ -100,6 +100,41 @@ MUTANTS = [
         "n < p.out_features && column < p.in_features",
         "n < p.out_features",
     ),
+    Mutant(
+        "fused_mlp: no barrier of the grid before hidden is read",
+        "fused_mlp",
+        "mlp/fused_mlp.cuh",
+        "    if (p.phase == MlpPhase::kBoth) grid_sync();",
+        "    ",
+    ),
+    Mutant(
+        "fused_mlp: no barrier after activations are loaded",
+        "fused_mlp",
+        "gemv/tile.cuh",
+        "        load_activations(p, smem, k0, chunk);\n        __syncthreads();\n",
+        "        load_activations(p, smem, k0, chunk);\n",
+    ),
+    Mutant(
+        "fused_mlp: reads weights past the end of a row",
+        "fused_mlp",
+        "gemv/tile.cuh",
+        "n < p.out_features && column < p.in_features",
+        "n < p.out_features",
+    ),
+    Mutant(
+        "rope: writes to slots past the end of the cache",
+        "rope_append",
+        "rope/rope.cuh",
+        "valid && slot >= 0 && slot < p.max_seq_len",
+        "valid && slot >= 0",
+    ),
+    Mutant(
+        "rope: rotates by positions past the end of the table",
+        "rope_append",
+        "rope/rope.cuh",
+        "position >= 0 && position < p.max_positions",
+        "position >= 0",
+    ),
 ]
 
 
