@@ -82,6 +82,19 @@ def fused_mlp():
     return lambda: ops.fused_mlp(x, gate_up_weight, down_weight, residual=residual)
 
 
+@check("attention/attention_64.cu")
+def attention():
+    """Several tiles, the last ragged, NaN in the cache: prefill; and decode, its keys split."""
+    q = torch.randn(1, 70, 4, 64, dtype=torch.float16)
+    k, v = torch.randn(2, 1, 600, 2, 64, dtype=torch.float16)
+    k[:, 573:], v[:, 573:] = float("nan"), float("nan")
+    prompt, lengths = torch.tensor([150]), torch.tensor([573])
+    return lambda: (
+        ops.attention(q, k, v, causal=True, kv_lengths=prompt),
+        ops.attention(q[:, :1], k[:, :, :1], v[:, :, :1], causal=True, kv_lengths=lengths),
+    )
+
+
 @check("rope/*.cu")
 def rope_append():
     """A slot and a position out of range: neither may write."""

@@ -36,7 +36,7 @@ constexpr uint32_t kSharedWindow = 1024 + 128;  // address of the first byte; a 
 constexpr size_t kCanaryBytes = 1024;
 constexpr uint16_t kPoison = 0x7fff;  // NaN as fp16 and bf16; two of them are NaN as fp32
 constexpr uint16_t kCanary = 0x7ea5;  // the same, and a value that no copy of poison has
-constexpr int64_t kMaxIdleYields = 20'000'000;  // yields in a row in which no thread got anywhere
+constexpr int64_t kMaxIdleYields = 2'000'000;  // yields in a row in which no thread got anywhere
 
 struct Warp;
 struct Block;

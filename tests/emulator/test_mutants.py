@@ -122,6 +122,62 @@ MUTANTS = [
         "n < p.out_features",
     ),
     Mutant(
+        "attention: no wait for the tile of keys",
+        "attention",
+        "attention/attention.cuh",
+        "    ptx::cp_async_wait<kStages - 2>();\n",
+        "    ptx::cp_async_wait<kStages - 1>();\n",
+    ),
+    Mutant(
+        "attention: no wait for the queries",
+        "attention",
+        "attention/attention.cuh",
+        "    ptx::cp_async_wait<kStages - 1>();\n    __syncthreads();\n",
+        "    __syncthreads();\n",
+    ),
+    Mutant(
+        "attention: no barrier between tiles",
+        "attention",
+        "attention/attention.cuh",
+        "    __syncthreads();  // this tile has arrived for all; ",
+        "    // ",
+    ),
+    Mutant(
+        "attention: no barrier before the results overwrite the tiles",
+        "attention",
+        "attention/attention.cuh",
+        "  ptx::cp_async_wait<0>();\n  __syncthreads();\n",
+        "  ptx::cp_async_wait<0>();\n",
+    ),
+    Mutant(
+        "attention: no barrier before the results of the warps are merged",
+        "attention",
+        "attention/attention.cuh",
+        "  __syncthreads();\n  for (int row = warp;",
+        "  for (int row = warp;",
+    ),
+    Mutant(
+        "attention: no barrier before the splits are merged",
+        "attention",
+        "attention/attention.cuh",
+        "  result.write(smem, warp, 0);\n  __syncthreads();\n",
+        "  result.write(smem, warp, 0);\n",
+    ),
+    Mutant(
+        "attention: attends to keys after the query's own",
+        "attention",
+        "attention/visibility.cuh",
+        "if (at < keys.begin || at >= keys.end) {",
+        "if (at < keys.begin) {",
+    ),
+    Mutant(
+        "attention: reads keys past the length",
+        "attention",
+        "attention/attention.cuh",
+        "key + row >= keys.begin && key + row < keys.end ?",
+        "key + row >= keys.begin ?",
+    ),
+    Mutant(
         "rope: writes to slots past the end of the cache",
         "rope_append",
         "rope/rope.cuh",
@@ -148,10 +204,12 @@ def run_mutant(mutant: Mutant, folder: Path) -> subprocess.CompletedProcess:
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     mutant.apply(csrc)
-    # Of the kernels only those that the check runs: the rest is compiled already.
-    sources = sorted(csrc.glob(checks.CHECKS[mutant.check].sources)) + product_sources()
-    unique = {source.name: source for source in reversed(sources)}
-    library = build_library(folder / "mutant.so", list(reversed(unique.values())), csrc)
+    # Only the kernels that the check runs are mutants: the rest is compiled already. They come
+    # first, as other files may hold instances of the same templates.
+    mutants = sorted(csrc.glob(checks.CHECKS[mutant.check].sources))
+    assert mutants
+    others = [path for path in product_sources() if csrc / path.relative_to(CSRC) not in mutants]
+    library = build_library(folder / "mutant.so", [*mutants, *others], csrc)
     return run_checks(library, mutant.check)
 
 
