@@ -332,7 +332,13 @@ def save(model: Llama, config: Config, tokenizer: Tokenizer, readme: str, output
     tokenizer.save(str(output / "tokenizer.json"), pretty=False)
     documents = {
         "config.json": config.to_hugging_face(),
-        "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0},
+        "generation_config.json": {
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "do_sample": True,  # greedy text of so small a model repeats itself
+            "temperature": 0.6,
+            "top_p": 0.9,
+        },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END,

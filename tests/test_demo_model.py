@@ -106,3 +106,12 @@ def test_token_by_token_equals_full_recompute(model, settings):
         _, logits = without_cache.generate(torch.tensor([tokens]), num_logits=1)
         tokens.append(sampling.choose(logits[:, -1], torch.tensor(step)).item())
     assert actual == tokens[len(prompt) :]
+
+
+def test_a_cold_start_imports_no_compiler():
+    """PyTorch's takes longer to import than the model to load."""
+    code = (
+        "import fastshard, sys; list(fastshard.load(device='cpu').stream('a', max_new_tokens=2)); "
+        "assert not {'torch._dynamo', 'torch._inductor', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

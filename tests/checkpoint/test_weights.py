@@ -60,10 +60,13 @@ def test_tensors_of_other_files_are_not_read(indexed, original):
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
-def test_only_the_shards_bytes_of_one_file_are_read(single):
+@pytest.mark.parametrize("block_bytes", [4096, 1 << 26])
+def test_only_the_shards_bytes_of_one_file_are_read(single, monkeypatch, block_bytes):
     """Another layer's tensor is a hundred times the shard's; its bytes stay on the disk."""
     path = single / "model.safetensors"
     edit_tensors(path, model__layers__2__mlp__up_proj__weight=torch.zeros(1 << 20))
+
+    monkeypatch.setattr(weights, "_BLOCK_BYTES", block_bytes)
 
     def bytes_read():
         return int(Path("/proc/self/io").read_text().split()[1])

@@ -1,0 +1,114 @@
+"""Measure the host memory and the time that loading a checkpoint takes.
+
+    python benchmarks/load_memory.py --gib 4 [--device cuda] [--shard 0-7]
+
+Writes a random Llama-shaped checkpoint of about this size, one file a layer, then loads it in a
+fresh process. The rule: peak host memory, beyond weights that live on the host, is at most that of
+the process with torch imported, plus the largest tensor, plus 1 GiB.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, VOCAB, NUM_HEADS, NUM_KV_HEADS = 4096, 14336, 32000, 32, 8
+
+
+def write_checkpoint(path: Path, num_layers: int) -> None:
+    head_dim = HIDDEN // NUM_HEADS
+    config = {
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "vocab_size": VOCAB,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "dtype": "bfloat16",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    shapes = {
+        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+        "self_attn.k_proj.weight": (NUM_KV_HEADS * head_dim, HIDDEN),
+        "self_attn.v_proj.weight": (NUM_KV_HEADS * head_dim, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+    }
+    files = [
+        {f"model.layers.{i}.{name}": shape for name, shape in shapes.items()}
+        for i in range(num_layers)
+    ]
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    files.append({name: (VOCAB, HIDDEN) for name in ends} | {"model.norm.weight": (HIDDEN,)})
+    weight_map = {}
+    for i, file in enumerate(files):
+        name = f"model-{i:05d}.safetensors"
+        weight_map |= dict.fromkeys(file, name)
+        tensors = {key: torch.rand(shape, dtype=torch.bfloat16) for key, shape in file.items()}
+        save_file(tensors, path / name)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def peak_bytes() -> int:
+    """The largest resident memory that this process has had."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) * 1024
+
+
+def measure(path: Path, device: str, layers: str) -> None:
+    import fastshard
+
+    n_layers = json.loads((path / "config.json").read_text())["num_hidden_layers"]
+    start, end = map(int, layers.split("-")) if layers else (0, n_layers - 1)
+    shard = fastshard.Shard("random", start, end, n_layers)
+    torch.zeros(1, device=device)  # the device's context is not the loader's
+    before = peak_bytes()
+    begin = time.perf_counter()
+    model = fastshard.load(path, shard=shard, device=device, dtype=torch.bfloat16)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    peak = peak_bytes()
+    sizes = [t.numel() * t.element_size() for t in model.model.state_dict().values()]
+    on_host = sum(sizes) if device == "cpu" else 0
+    beyond, allowed = peak - before - on_host, max(sizes) + 2**30
+    print(
+        f"load  {sum(sizes) / 2**30:.2f} GiB of bfloat16 to {device}  {seconds:.2f} s  "
+        f"{sum(sizes) / seconds / 1e9:.2f} GB/s  host peak beyond the weights "
+        f"{beyond / 2**20:.0f} MiB  allowed {allowed / 2**20:.0f} MiB  "
+        f"{'holds' if beyond <= allowed else 'BROKEN'}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shard", default="", metavar="A-B", help="layers to load, all by default")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measure(args.measure, args.device, args.shard)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), max(1, round((args.gib - 0.49) / 0.406)))
+        command = [sys.executable, __file__, "--measure", folder, "--device", args.device]
+        subprocess.run([*command, "--shard", args.shard], check=True)
+
+
+if __name__ == "__main__":
+    main()
