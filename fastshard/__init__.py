@@ -2,7 +2,7 @@
 
 from fastshard import nn, ops
 from fastshard.checkpoint import CheckpointError
-from fastshard.generate import ShardChain, generate_batch
+from fastshard.generate import ShardChain
 from fastshard.loading import load
 from fastshard.models import (
     GeneralMHA,
@@ -11,6 +11,7 @@ from fastshard.models import (
     ShardedGeneralModel,
     ShardTransformerDecoder,
 )
+from fastshard.token_loop import generate_batch
 
 __version__ = "0.1.0"
 

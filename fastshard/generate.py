@@ -1,4 +1,4 @@
-"""Generation: shards chained in one process, the token loop, and text as it comes."""
+"""Generation: shards chained in one process, and text as it comes."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +10,7 @@ from fastshard.checkpoint import GenerationDefaults, TextTokenizer
 from fastshard.models import ModelConfig, ShardedGeneralModel
 from fastshard.sampling import Sampling
 from fastshard.text import Detokenizer, StopFilter
-
-DEFAULT_NEW_TOKENS = 128
+from fastshard.token_loop import DEFAULT_NEW_TOKENS, check_room, read_behind, token_steps
 
 
 class TextGenerator:
@@ -147,8 +146,8 @@ class TextStream:
     ):
         self.num_prompt_tokens, self.num_tokens = len(prompt), 0
         self.prefill_seconds = self.decode_seconds = 0.0
-        room = check_room(model.config, len(prompt), max_new_tokens)
-        self._steps = _read_behind(token_steps(model, [prompt], room, sampling))
+        room = check_room(model, [prompt], max_new_tokens)
+        self._steps = read_behind(token_steps(model, [prompt], room, sampling))
         self._eos_tokens = set(model.generation_defaults.eos_tokens)
         self._detokenizer = Detokenizer(model.tokenizer.decode, prompt)
         self._stop_filter = StopFilter(stops)
@@ -178,105 +177,3 @@ class TextStream:
         rest = self._stop_filter.push(self._detokenizer.finish()) + self._stop_filter.finish()
         if rest:
             yield rest
-
-
-def generate_batch(
-    model: ShardedGeneralModel | ShardChain,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
-    sampling: Sampling | None = None,
-    eos_tokens: Sequence[int] = (),
-) -> list[list[int]]:
-    """Continue several prompts at once, padded on the left to one length.
-
-    Args:
-        model: All layers, with a cache.
-        prompts: Tokens of each.
-        eos_tokens: A row ends after the first of these.
-
-    Returns:
-        The new tokens of each prompt, its end token included.
-
-    Raises:
-        ValueError: no prompts, or one that is empty or does not fit the context.
-    """
-    if not prompts:
-        raise ValueError("prompts must have at least one prompt, got none")
-    check_room(model.config, min(map(len, prompts)), max_new_tokens)
-    room = check_room(model.config, max(map(len, prompts)), max_new_tokens)
-    rows: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(rows)
-    for step in _read_behind(token_steps(model, prompts, room, sampling or Sampling())):
-        for i, token in enumerate(step):
-            if not ended[i]:
-                rows[i].append(token)
-                ended[i] = token in eos_tokens
-        if all(ended):
-            break
-    return rows
-
-
-def check_room(config: ModelConfig, num_prompt_tokens: int, max_new_tokens: int) -> int:
-    """How many tokens may follow the prompt.
-
-    Raises:
-        ValueError: the prompt is empty or fills the context, or ``max_new_tokens`` is not positive.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if num_prompt_tokens == 0:
-        raise ValueError("prompt must have at least one token, got none")
-    if num_prompt_tokens >= config.max_seq_len:
-        raise ValueError(
-            f"prompt must be shorter than the context of {config.max_seq_len} tokens, "
-            f"got {num_prompt_tokens}"
-        )
-    return min(max_new_tokens, config.max_seq_len - num_prompt_tokens)
-
-
-def token_steps(
-    model: ShardedGeneralModel | ShardChain,
-    prompts: Sequence[Sequence[int]],
-    num_steps: int,
-    sampling: Sampling,
-) -> Iterator[Tensor]:
-    """Prefill, then decode one token a row and step; yields ``[b]`` on the device, never waits.
-
-    Rows are padded on the left: ``first_key`` keeps the padding out of the attention, and positions
-    count from there.
-    """
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-    tokens = torch.tensor(rows, device=model.device)
-    first_key = torch.tensor(padding, device=model.device) if any(padding) else None
-    for shard in model.models if isinstance(model, ShardChain) else [model]:
-        shard.max_generated_tokens = max(shard.max_generated_tokens, num_steps)
-    _, logits = model.generate(tokens, first_key=first_key, num_logits=1)
-    step = torch.zeros((), dtype=torch.int64, device=logits.device)
-    for i in range(num_steps):
-        chosen = sampling.choose(logits[:, -1], step)
-        yield chosen
-        if i + 1 < num_steps:
-            step += 1
-            _, logits = model.generate(
-                chosen[:, None].to(model.device),
-                curr_pos=longest + i,
-                first_key=first_key,
-                num_logits=1,
-            )
-
-
-def _read_behind(steps: Iterator[Tensor]) -> Iterator[list[int]]:
-    """Each step's tokens on the host; on a GPU one step late, so that it never waits."""
-    previous = None
-    for tokens in steps:
-        if tokens.device.type == "cpu":
-            yield tokens.tolist()
-            continue
-        if previous is not None:
-            yield previous.tolist()
-        previous = tokens
-    if previous is not None:
-        yield previous.tolist()

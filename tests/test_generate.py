@@ -159,6 +159,26 @@ def test_text_ends_where_the_context_is_full(path, model):
     )
 
 
+def test_a_text_whose_model_got_another_prompt_raises(model):
+    """Both prompts have the same length, so that no count would tell."""
+    first, second = model.stream("ab"), model.stream("cd")
+    next(first)
+    next(second)
+    with pytest.raises(
+        RuntimeError, match="the text cannot go on: its model was given another prompt"
+    ):
+        list(first)
+    assert len(list(second)) > 2
+
+
+def test_a_model_without_cache_raises(path):
+    model = fastshard.load(path, device="cpu", use_cache=False)
+    with pytest.raises(ValueError, match="use_cache must be True for a model that generates text"):
+        model.stream("a")
+    with pytest.raises(ValueError, match="use_cache must be True for a model that generates text"):
+        generate_batch(model, [[1]])
+
+
 def test_more_new_tokens_than_the_cache_was_made_for(path):
     small = fastshard.load(path, device="cpu", max_generated_tokens=2)
     large = fastshard.load(path, device="cpu")
@@ -199,6 +219,8 @@ def test_a_prompt_that_is_no_text_raises(model):
         ([], "prompts must have at least one prompt, got none"),
         ([[1], []], "prompt must have at least one token, got none"),
         ([[1], [1] * 64], "prompt must be shorter than the context of 64 tokens, got 64"),
+        ([[1], [2, 258]], "prompt must hold tokens of 0 to 257, got 2 to 258"),
+        ([[-1, 3]], "prompt must hold tokens of 0 to 257, got -1 to 3"),
     ],
 )
 def test_prompts_that_do_not_fit_raise(model, prompts, message):
