@@ -50,7 +50,8 @@ def kernels() -> dict[str, Callable]:
     Raises:
         MissingTool: This machine has no compiler, or no CUDA headers.
     """
-    return load(build(Path(tempfile.mkdtemp(prefix="fastshard-emulator-"))))
+    with tempfile.TemporaryDirectory(prefix="fastshard-emulator-") as folder:
+        return load(build(Path(folder)))  # once loaded, the file is not needed
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from emulator.build import CSRC, HERE, MissingTool, build_library, compiler, cuda_include
 from helpers import skip_or_fail
 
+pytestmark = pytest.mark.emulator
 NAN = float("nan")
 SEED = "FASTSHARD_EMULATOR_SEED"
 

@@ -18,6 +18,8 @@ from emulator import checks
 from emulator.build import CSRC, HERE, MissingTool, build, build_library, product_sources
 from helpers import skip_or_fail
 
+pytestmark = pytest.mark.emulator
+
 
 @dataclass(frozen=True)
 class Mutant:
