@@ -98,7 +98,8 @@ __device__ __forceinline__ int activation_unit(int token, int k, int chunk) {
   return token * (chunk / 8) + ((k / 8) ^ (token % 2 * 4));
 }
 
-// smem.rstd = 1 / sqrt(mean(x^2) + eps) of each token. Few tokens are cut into slices, so that all warps have work.
+// smem.rstd = 1 / sqrt(mean(x^2) + eps) of each token, behind the caller's next barrier. Few tokens are cut into slices,
+// so that all warps have work.
 template <typename Config, typename T>
 __device__ __forceinline__ void compute_rstd(const GemvProblem<T>& p, GemvSharedStorage<Config>& smem) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -122,7 +123,6 @@ __device__ __forceinline__ void compute_rstd(const GemvProblem<T>& p, GemvShared
     for (int slice = 0; slice < slices; ++slice) sum += smem.squares[slice][threadIdx.x];
     smem.rstd[threadIdx.x] = rsqrtf(sum / p.in_features + p.norm_eps);
   }
-  __syncthreads();
 }
 
 // smem.activations = x[:, k0 : k0 + chunk], through the norm where there is one; zeros past in_features.

@@ -8,20 +8,20 @@
 namespace fastshard {
 namespace {
 
-// A contiguous, 16-byte aligned view or copy of a vector.
-Tensor as_vector(const Tensor& t) {
-  const Tensor vector = torch::stable::contiguous(t);
-  return is_aligned16(vector) ? vector : torch::stable::clone(vector);
-}
-
-// x: [num_tokens, in_features], residual: [num_tokens, out_features].
+// The same by torch's matmul: any number of rows, any dtype and any weight.
 Tensor library_path(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& norm_weight, double norm_eps, bool weight_in_fp32,
                     const std::optional<Tensor>& residual) {
-  const Tensor rows =
-      norm_weight ? call_op(FS_OP_NAME("rms_norm"), x, as_vector(*norm_weight), norm_eps, weight_in_fp32) : x;
+  const Tensor rows = norm_weight ? call_op(FS_OP_NAME("rms_norm"), x, *norm_weight, norm_eps, weight_in_fp32) : x;
   const Tensor out = library_linear(rows, weight, bias);
-  return residual ? library_add(out, *residual) : out;
+  return torch::stable::contiguous(residual ? library_add(out, *residual) : out);
+}
+
+// A vector's data, 16-byte aligned, kept alive by `keeper`; null for none.
+const void* vector_data(const std::optional<Tensor>& vector, std::optional<RowMatrix>& keeper) {
+  if (!vector) return nullptr;
+  keeper = row_matrix(*vector, vector->numel(), /*aligned=*/true);
+  return keeper->data();
 }
 
 }  // namespace
@@ -52,27 +52,22 @@ Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Te
   const DeviceGuard guard(x);
   if (x.numel() == 0 || out_features == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / in_features;
-  const std::optional<Tensor> residual_rows =
-      residual ? std::optional(scalar_rows(*residual, out_features)) : std::nullopt;
   if (num_tokens > kLinearMaxTokens || !can_stream(weight)) {
-    const Tensor rows = torch::stable::reshape(x, {-1, in_features});
-    return torch::stable::reshape(
-        library_path(rows, weight, bias, norm_weight, norm_eps, weight_in_fp32, residual_rows), shape);
+    return library_path(x, weight, bias, norm_weight, norm_eps, weight_in_fp32, residual);
   }
-
   Tensor out = torch::stable::new_empty(x, shape);
-  const Tensor rows = vector_rows(x, in_features);
-  const std::optional<Tensor> bias_vector = bias ? std::optional(as_vector(*bias)) : std::nullopt;
-  const std::optional<Tensor> norm_vector = norm_weight ? std::optional(as_vector(*norm_weight)) : std::nullopt;
-  const LinearParams params{rows.const_data_ptr(),
+  const RowMatrix rows = row_matrix(x, in_features, /*aligned=*/true);
+  std::optional<RowMatrix> bias_data, norm_data, residual_rows;
+  if (residual) residual_rows = row_matrix(*residual, out_features, /*aligned=*/false);
+  const LinearParams params{rows.data(),
                             weight.const_data_ptr(),
-                            bias_vector ? bias_vector->const_data_ptr() : nullptr,
-                            norm_vector ? norm_vector->const_data_ptr() : nullptr,
-                            residual_rows ? residual_rows->const_data_ptr() : nullptr,
+                            vector_data(bias, bias_data),
+                            vector_data(norm_weight, norm_data),
+                            residual_rows ? residual_rows->data() : nullptr,
                             out.mutable_data_ptr(),
-                            rows.stride(0),
+                            rows.stride,
                             weight.stride(0),
-                            residual_rows ? residual_rows->stride(0) : 0,
+                            residual_rows ? residual_rows->stride : 0,
                             int(num_tokens),
                             int(out_features),
                             int(in_features),

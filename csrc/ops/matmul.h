@@ -24,16 +24,21 @@ inline bool can_stream(const Tensor& weight) {
          weight.size(1) <= kMaxSize;
 }
 
-// A [rows, columns] view of t for kernels that load 16 bytes at a time; a copy where t has no such rows.
-inline Tensor vector_rows(const Tensor& t, int64_t columns) {
-  const Tensor rows = torch::stable::reshape(t, {-1, columns});
-  return has_vector_rows(rows) ? rows : torch::stable::clone(torch::stable::contiguous(rows));
-}
+// The rows of a tensor [..., columns], in place where its strides allow, else in a copy.
+struct RowMatrix {
+  Tensor tensor;
+  int64_t stride;  // between rows, in elements
+  const void* data() const { return tensor.const_data_ptr(); }
+};
 
-// The same for kernels that load one element at a time.
-inline Tensor scalar_rows(const Tensor& t, int64_t columns) {
-  const Tensor rows = torch::stable::reshape(t, {-1, columns});
-  return rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+// Unit-stride rows; 16-byte aligned ones, `columns` being whole 16-byte vectors, where `aligned`.
+inline RowMatrix row_matrix(const Tensor& t, int64_t columns, bool aligned) {
+  // no call to the dispatcher for what is the rule
+  if (t.is_contiguous() && (!aligned || is_aligned16(t))) return {t, columns};
+  Tensor rows = torch::stable::reshape(t, {-1, columns});
+  const bool usable = aligned ? has_vector_rows(rows) : rows.stride(1) == 1;
+  if (!usable) rows = torch::stable::clone(torch::stable::contiguous(rows));
+  return {rows, rows.stride(0)};
 }
 
 // Call an op through the dispatcher: "aten::linear", or one of ours by FS_OP_NAME. args: the whole schema's.

@@ -9,13 +9,13 @@
 namespace fastshard {
 namespace {
 
-// x and residual: [num_tokens, hidden_size].
+// The same by torch's matmul: any number of rows, any dtype and any weights.
 Tensor library_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight,
                     Activation activation, const std::optional<Tensor>& residual) {
-  const Tensor gate_up = library_linear(x, gate_up_weight, std::nullopt);
-  const Tensor hidden = run_act_and_mul(gate_up, activation, /*interleaved=*/true);
+  const Tensor hidden = run_act_and_mul(library_linear(x, gate_up_weight, std::nullopt), activation,
+                                        /*interleaved=*/true);
   const Tensor out = library_linear(hidden, down_weight, std::nullopt);
-  return residual ? library_add(out, *residual) : out;
+  return torch::stable::contiguous(residual ? library_add(out, *residual) : out);
 }
 
 }  // namespace
@@ -41,26 +41,24 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
   const DeviceGuard guard(x);
   if (x.numel() == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / hidden_size;
-  const std::optional<Tensor> residual_rows =
-      residual ? std::optional(scalar_rows(*residual, hidden_size)) : std::nullopt;
   if (num_tokens > kFusedMlpMaxTokens || !can_stream(gate_up_weight) || !can_stream(down_weight)) {
-    const Tensor rows = torch::stable::reshape(x, {-1, hidden_size});
-    return torch::stable::reshape(library_path(rows, gate_up_weight, down_weight, parsed, residual_rows), shape);
+    return library_path(x, gate_up_weight, down_weight, parsed, residual);
   }
-
   Tensor out = torch::stable::new_empty(x, shape);
-  const Tensor rows = vector_rows(x, hidden_size);
   Tensor hidden = torch::stable::new_empty(x, {num_tokens, intermediate_size});
-  const FusedMlpParams params{rows.const_data_ptr(),
+  const RowMatrix rows = row_matrix(x, hidden_size, /*aligned=*/true);
+  std::optional<RowMatrix> residual_rows;
+  if (residual) residual_rows = row_matrix(*residual, hidden_size, /*aligned=*/false);
+  const FusedMlpParams params{rows.data(),
                               gate_up_weight.const_data_ptr(),
                               down_weight.const_data_ptr(),
-                              residual_rows ? residual_rows->const_data_ptr() : nullptr,
+                              residual_rows ? residual_rows->data() : nullptr,
                               hidden.mutable_data_ptr(),
                               out.mutable_data_ptr(),
-                              rows.stride(0),
+                              rows.stride,
                               gate_up_weight.stride(0),
                               down_weight.stride(0),
-                              residual_rows ? residual_rows->stride(0) : 0,
+                              residual_rows ? residual_rows->stride : 0,
                               int(num_tokens),
                               int(hidden_size),
                               int(intermediate_size),
