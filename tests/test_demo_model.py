@@ -11,11 +11,15 @@ import pytest
 import torch
 
 import fastshard
-from fastshard.checkpoint import Checkpoint
-from fastshard.loading import demo_model
+from fastshard.checkpoint import Checkpoint, even_split
+from fastshard.loading import demo_model, load_chain
+from helpers import assert_as_accurate
 
 NUM_LAYERS = 5
 MAX_LOSS = 6.0
+ON_CUDA = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +119,37 @@ def test_a_cold_start_imports_no_compiler():
         "assert not {'torch._dynamo', 'torch._inductor', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@ON_CUDA
+def test_logits_on_a_gpu_are_as_accurate_as_transformers(device):
+    from transformers import AutoModelForCausalLM
+
+    loaded = fastshard.load(device=device)
+    assert loaded.dtype == torch.float16  # the checkpoint's own
+    tokens = torch.tensor([loaded.tokenizer.encode(inspect.getsource(textwrap.dedent))])
+    golden, naive = (
+        AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype).to(place)
+        for dtype, place in ((torch.float64, "cpu"), (torch.float16, device))
+    )
+    with torch.no_grad():
+        expected = golden(tokens).logits
+        eager = naive(tokens.to(device)).logits.float().cpu()
+    assert_as_accurate(loaded.generate(tokens.to(device))[1].cpu(), expected, eager)
+
+
+@ON_CUDA
+def test_shards_on_a_gpu_stream_the_same_text(device):
+    chains = [
+        load_chain(Checkpoint(demo_model()), even_split(NUM_LAYERS, count), device=device)
+        for count in (1, 2, NUM_LAYERS)
+    ]
+    streams = [chain.stream("def ", max_new_tokens=200) for chain in chains]
+    texts = ["".join(stream) for stream in streams]
+    assert texts[0] == texts[1] == texts[2]
+    assert 30 < streams[0].num_tokens <= 200
+    stop = texts[0][20:24]
+    for chain in chains:  # a step of the next token is under way when a text stops
+        stream = chain.stream("def ", max_new_tokens=200, stop=stop)
+        assert "".join(stream) == texts[0][: texts[0].index(stop)]
+        assert stream.num_tokens < streams[0].num_tokens

@@ -67,16 +67,20 @@ class Hub:
         except EntryNotFoundError:
             return None
         except (OSError, ValueError) as error:  # no such repository, no access, no such id
-            raise CheckpointError(
-                f"{self.name}: cannot fetch {filename} from the hub, "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
+            raise self._unreachable(filename, error) from error
 
     def list(self, suffix: str) -> list[str]:
         from huggingface_hub import HfApi
 
-        files = HfApi().list_repo_files(self.name)
+        try:
+            files = HfApi().list_repo_files(self.name)
+        except (OSError, ValueError) as error:
+            raise self._unreachable("the list of files", error) from error
         return sorted(name for name in files if name.endswith(suffix) and "/" not in name)
+
+    def _unreachable(self, what: str, error: Exception) -> CheckpointError:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return CheckpointError(f"{self.name}: cannot fetch {what} from the hub, {reason}")
 
 
 def open_source(source: str | Path) -> Source:

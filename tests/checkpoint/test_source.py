@@ -66,7 +66,7 @@ def test_only_the_files_of_the_shard_are_fetched(repository):
     }
 
 
-def test_whole_model_from_the_hub_streams(repository):
+def test_a_hub_model_without_tokenizer_does_not_stream(repository):
     (repository[0] / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="stream needs a tokenizer"):
         fastshard.load(REPO, device="cpu").stream("x")
@@ -88,6 +88,26 @@ def test_a_hub_that_cannot_be_reached_raises(monkeypatch, error, message):
         CheckpointError, match=rf"someone/tiny: cannot fetch config\.json from the hub.*{message}"
     ):
         fastshard.load(REPO, device="cpu")
+
+
+def test_a_list_of_files_that_cannot_be_fetched_raises(monkeypatch):
+    def list_repo_files(self, repo_id):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    with pytest.raises(
+        CheckpointError, match="someone/tiny: cannot fetch the list of files .* ConnectionError"
+    ):
+        Hub(REPO).list(".pt")
+
+
+def test_only_top_level_files_are_listed(monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "list_repo_files",
+        lambda self, repo_id: ["b.pt", "a.pt", "c/d.pt", "e.bin"],
+    )
+    assert Hub(REPO).list(".pt") == ["a.pt", "b.pt"]
 
 
 def test_a_file_known_to_be_absent_is_none_offline(monkeypatch):
