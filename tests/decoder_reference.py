@@ -7,6 +7,12 @@ from torch import Tensor
 
 from fastshard import ModelConfig
 
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
+    "relu": lambda x: x.clamp(min=0),
+}
+
 
 def random_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """A state dict of the model's names and shapes in which every parameter matters.
@@ -67,7 +73,7 @@ def layer(
     x = x + project(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2), "attn.output_proj")
     h = norm(x, "mlp_norm")
     gate, up = project(h, "mlp.w1"), project(h, "mlp.w3")
-    return x + project(torch.nn.functional.silu(gate) * up, "mlp.w2")
+    return x + project(ACTIVATIONS[config.hidden_act](gate) * up, "mlp.w2")
 
 
 def hidden_states(

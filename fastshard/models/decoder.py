@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastshard import ops
 from fastshard.models.config import ModelConfig
+from fastshard.models.inputs import check_input, check_mask, check_positions
 from fastshard.models.shard import Shard
 from fastshard.nn import (
     CacheStep,
@@ -22,7 +23,6 @@ from fastshard.nn import (
     TransformerSelfAttentionLayer,
 )
 from fastshard.nn.linear import random_weight
-from fastshard.nn.rope import token_positions
 
 
 def GeneralMHA(
@@ -201,15 +201,16 @@ class ShardTransformerDecoder(nn.Module):
             ValueError: a shape, device or value does not fit, or the cache is full.
             TypeError: a dtype is wrong.
         """
-        b, s = self.check_input(tokens, hidden_state)
+        b, s = check_input(self, tokens, hidden_state)
         is_counting = step is None and self.caches_are_enabled()
         if is_counting:
             step = self.next_step(b, s)
-        self.check_mask(mask, first_key, b, s, self.cache_size + s if is_counting else s)
+        num_keys = self.cache_size + s if is_counting else s
+        check_mask(self, mask, first_key, b, s, num_keys)
         if input_pos is None:
             positions = self._count_positions(first_key, s, step)
         else:
-            positions = self.check_positions(input_pos, b, s)
+            positions = check_positions(self, input_pos, b, s)
 
         h = hidden_state if tokens is None else self.tok_embeddings(tokens)  # [b, s, hidden_size]
         for layer in self.layers.values():
@@ -225,62 +226,6 @@ class ShardTransformerDecoder(nn.Module):
         head = self.tok_embeddings if self.output is None else self.output
         return ops.linear(self.norm(h), head.weight).float()
 
-    def check_input(self, tokens: Tensor | None, hidden_state: Tensor | None) -> tuple[int, int]:
-        """Return (b, s), or raise what is wrong with the one input that this shard takes."""
-        wanted, other = ("tokens", "hidden_state")
-        if not self.shard.is_first_layer():
-            wanted, other = other, wanted
-        given = {"tokens": tokens, "hidden_state": hidden_state}
-        x = given[wanted]
-        if x is None or given[other] is not None:
-            names = [name for name, value in given.items() if value is not None]
-            raise ValueError(
-                f"{wanted} and no {other} must be given to layers {self.shard.start_layer} to "
-                f"{self.shard.end_layer}, got {' and '.join(names) or 'none of them'}"
-            )
-        if wanted == "tokens":
-            if x.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"tokens must be int64 or int32, got {x.dtype}")
-            if x.dim() != 2 or x.numel() == 0:
-                raise ValueError(f"tokens must be [b, s] of at least one, got {list(x.shape)}")
-            _check_range("tokens", x, self.config.vocab_size)
-        else:
-            size = self.config.hidden_size
-            if x.dtype != self.dtype:
-                raise TypeError(f"hidden_state must be {self.dtype}, got {x.dtype}")
-            if x.dim() != 3 or x.shape[2] != size or x.numel() == 0:
-                raise ValueError(f"hidden_state must be [b, s, {size}], got {list(x.shape)}")
-        if x.device != self.device:
-            raise ValueError(f"{wanted} must be on {self.device}, got {x.device}")
-        return x.shape[0], x.shape[1]
-
-    def check_mask(
-        self, mask: Tensor | None, first_key: Tensor | None, b: int, s: int, num_keys: int
-    ) -> None:
-        """Raise unless the mask has b or 1 batches of s rows of at least ``num_keys`` columns, and
-        ``first_key`` b numbers."""
-        for name, tensor in (("mask", mask), ("first_key", first_key)):
-            if tensor is not None and tensor.device != self.device:
-                raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
-        if first_key is not None and tuple(first_key.shape) != (b,):
-            raise ValueError(f"first_key must have shape [{b}], got {list(first_key.shape)}")
-        if mask is None:
-            return
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"mask must be bool or floating, got {mask.dtype}")
-        if mask.dim() != 3 or mask.shape[0] not in (1, b) or mask.shape[1] != s:
-            raise ValueError(f"mask must be [1 or {b}, {s}, S], got shape {list(mask.shape)}")
-        if mask.shape[2] < num_keys:
-            raise ValueError(f"mask must cover all {num_keys} keys, got shape {list(mask.shape)}")
-
-    def check_positions(self, input_pos: Tensor, b: int, s: int) -> Tensor:
-        """Return ``input_pos`` as ``[b, s]`` or ``[s]`` int64, or raise what is wrong with it."""
-        if input_pos.device != self.device:
-            raise ValueError(f"input_pos must be on {self.device}, got {input_pos.device}")
-        positions = token_positions(input_pos, b, s)
-        _check_range("input_pos", positions, self.max_seq_len)
-        return positions
-
     def _count_positions(self, first_key: Tensor | None, s: int, step: CacheStep | None) -> Tensor:
         """``[b, s]`` or ``[s]``: the tokens' places in the sequence, without its left padding."""
         if step is None and s > self.max_seq_len:
@@ -289,18 +234,6 @@ class ShardTransformerDecoder(nn.Module):
         if first_key is None:
             return slots
         return (slots - first_key[:, None]).clamp(min=0)
-
-
-def _check_range(name: str, values: Tensor, limit: int) -> None:
-    """Raise unless all are in [0, limit); looks at CPU tensors only, for a GPU would have to wait.
-
-    On a GPU an out-of-range position sets the cache's flag, see ``raise_on_overflow``.
-    """
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
-        return
-    low, high = (int(value) for value in torch.aminmax(values))
-    if low < 0 or high >= limit:
-        raise ValueError(f"{name} must be in [0, {limit}), got {low if low < 0 else high}")
 
 
 def _layer(config: ModelConfig, index: int, rope: RotaryEmbedding, placed: dict):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastshard.models.config import ModelConfig
 from fastshard.models.decoder import GeneralMHA
+from fastshard.models.inputs import check_input, check_mask, check_positions
 from fastshard.models.shard import Shard
 
 
@@ -93,17 +94,16 @@ class ShardedGeneralModel(nn.Module):
                 holds what it held.
             TypeError: a dtype is wrong.
         """
-        b, s = self.model.check_input(tokens, hidden_state)
+        b, s = check_input(self.model, tokens, hidden_state)
         is_cached = self.use_cache or self.model.caches_are_enabled()
         start, end = self._range(curr_pos, s, is_cached)
         if mask is not None and mask.dim() == 3:
             mask = _rows("mask", mask, start, end)
-            mask = mask if is_cached else mask[:, :, :end]
         if input_pos is not None:
             if input_pos.dim() == 2:
                 input_pos = _rows("input_pos", input_pos, start, end)
-            input_pos = self.model.check_positions(input_pos, b, s)
-        self.model.check_mask(mask, first_key, b, s, end)
+            input_pos = check_positions(self.model, input_pos, b, s)
+        check_mask(self.model, mask, first_key, b, s, end)
         if num_logits is not None and num_logits < 1:
             raise ValueError(f"num_logits must be at least 1 or None, got {num_logits}")
 

@@ -108,6 +108,7 @@ def test_flags_of_the_config_win_over_the_id():
     config = ModelConfig.from_dict(EXO | flags, "llama-3.1-8b")
     assert config.tie_word_embeddings
     assert config.qkv_bias
+    assert not config.output_bias
 
 
 def test_a_hugging_face_config_is_never_guessed_from_the_id():

@@ -1,6 +1,7 @@
 """ShardTransformerDecoder: names, shards, ties, and parity with torchtune's decoders."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -63,6 +64,32 @@ def test_matches_the_written_out_decoder(model_id, head_dim, tokens):
     actual = model(tokens)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), golden, **CLOSE)
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu", "relu"])
+def test_every_switch_of_the_config_reaches_the_layers(hidden_act, tokens):
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        ModelConfig.from_dict(EXO, "llama"),
+        qkv_bias=True,
+        output_bias=True,
+        hidden_act=hidden_act,
+        sliding_window=3,
+        windowed_layers=(1, 3),
+    )
+    model = GeneralMHA(config, Shard("m", 0, 3, 4), dtype=torch.float32)
+    state = reference.random_state(model)
+    assert {"layers.0.attn.q_proj.bias", "layers.0.attn.output_proj.bias"} <= set(state)
+    model.load_state_dict(state)
+    s = tokens.shape[1]
+    causal = torch.ones(1, s, s).tril()
+    windowed = causal.triu(-2)
+    x = state["tok_embeddings.weight"].double()[tokens]
+    for i in range(4):
+        bias = (windowed if i in (1, 3) else causal).log().double()  # log 0 = -inf
+        x = reference.layer(state, f"layers.{i}.", x, bias, torch.arange(s)[None], config)
+    golden = reference.logits(state, config, x)
+    torch.testing.assert_close(model(tokens).double(), golden, **CLOSE)
 
 
 def torchtune_twin(model_id: str, **keys) -> torch.nn.Module:

@@ -149,6 +149,15 @@ def test_left_padded_rows_equal_unpadded_ones(use_cache, state, tokens):
         torch.testing.assert_close(logits[1:].double(), alone[1], **CLOSE)
 
 
+def test_padding_takes_no_positions(state, tokens):
+    """Attention sees differences of positions only; the cached keys show the positions."""
+    padded, alone = (build(state=state, use_cache=True) for _ in range(2))
+    padded.generate(tokens, first_key=torch.tensor([4, 0]))
+    alone.generate(tokens[:1, 4:])
+    keys = padded.model.any_cache.k_cache[:1, :, 4:S]
+    torch.testing.assert_close(keys, alone.model.any_cache.k_cache[:1, :, : S - 4], **CLOSE)
+
+
 def test_num_logits_keeps_the_last(state, tokens):
     model = build(state=state)
     _, expected = model.generate(tokens)
@@ -221,6 +230,10 @@ WRONG = {
     "positions dtype": ({"input_pos": torch.zeros(S)}, TypeError, "input_pos must be int64"),
     "first_key": ({"first_key": torch.zeros(3).long()}, ValueError,
                   r"first_key must have shape \[2\], got \[3\]"),
+    "first_key dtype": ({"first_key": torch.zeros(2)}, TypeError,
+                        r"first_key must be int64 or int32, got torch\.float32"),
+    "first_key device": ({"first_key": torch.zeros(2, device="meta")}, ValueError,
+                         "first_key must be on cpu, got meta"),
     "curr_pos": ({"curr_pos": -1}, ValueError, "curr_pos must be at least 0, got -1"),
     "num_logits": ({"num_logits": 0}, ValueError, "num_logits must be at least 1 or None, got 0"),
 }  # fmt: skip
@@ -296,4 +309,60 @@ def test_an_out_of_range_write_surfaces_when_asked(state, tokens):
     with pytest.raises(ValueError, match="a token was out of range and is not in the cache"):
         model.model.raise_on_overflow()
     model.generate(tokens)  # the next prompt starts clean
+    model.model.raise_on_overflow()
+
+
+ON_CUDA = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
+)
+
+
+@ON_CUDA
+def test_decode_steps_replay_in_a_cuda_graph(device, tokens):
+    torch.manual_seed(0)
+    shard = Shard("llama", 0, 2, 3)
+    sizes = {"head_dim": 64, "num_heads": 4}
+    model = ShardedGeneralModel(CONFIG | sizes, shard, device, torch.float16, use_cache=True)
+    tokens = tokens.to(device)
+    model.generate(tokens[:, :5])
+    eager = []
+    for i in range(5, S):
+        try:
+            torch.cuda.set_sync_debug_mode("error")  # a step must not wait for the device
+            eager.append(model.generate(tokens[:, i : i + 1], curr_pos=i)[1])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    model.generate(tokens[:, :5])  # again, then the same steps from a graph
+    token, step = tokens[:, 5:6].clone(), model.model.next_step(2, 1)
+    step = step._replace(slots=step.slots.clone(), kv_lengths=step.kv_lengths.clone())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        model.model(token, step=step)  # writes slot 5, as the first replay does
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model.model(token, step=step)
+    for i, expected in zip(range(5, S), eager, strict=True):
+        token.copy_(tokens[:, i : i + 1])
+        step.slots.fill_(i)
+        step.kv_lengths.fill_(i + 1)
+        graph.replay()
+        # The same kernels: at most a few float16 ulps, where one sums in the order of arrival.
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2**-8)
+    model.model.raise_on_overflow()
+
+
+@ON_CUDA
+def test_an_out_of_range_position_on_cuda_raises_when_asked(device, tokens):
+    shard = Shard("llama", 0, 2, 3)
+    model = ShardedGeneralModel(
+        CONFIG | {"head_dim": 64}, shard, device, torch.float16, use_cache=True
+    )
+    tokens = tokens.to(device)
+    model.generate(tokens, input_pos=torch.arange(22, 33, device=device)[None])
+    with pytest.raises(ValueError, match="a token was out of range and is not in the cache"):
+        model.model.raise_on_overflow()
+    model.generate(tokens)
     model.model.raise_on_overflow()

@@ -29,7 +29,8 @@ def test_dict_round_trip_and_hash():
 
 def test_overlaps_shares_a_layer_of_one_model():
     shard = Shard("m", 2, 5, 8)
-    assert shard.overlaps(Shard("m", 5, 7, 8))  # the inclusive end is shared
+    assert shard.overlaps(Shard("m", 5, 7, 8))  # the inclusive ends are shared
+    assert shard.overlaps(Shard("m", 0, 2, 8))
     assert shard.overlaps(Shard("m", 3, 4, 8))
     assert not shard.overlaps(Shard("m", 6, 7, 8))
     assert not shard.overlaps(Shard("m", 0, 1, 8))

@@ -97,7 +97,8 @@ def test_it_moves_and_casts_with_its_module():
 def test_made_in_inference_mode_it_works_outside():
     with torch.inference_mode():
         cache = build()
-        cache.next_step(1, 1)
+        step = cache.next_step(1, 1)
+    assert not any(tensor.is_inference() for tensor in step)
     k = torch.randn(1, 3, 1, 16)
     cache.update(k, k)
     assert torch.equal(cache.k_cache[0, :, 0], k[0, :, 0])

@@ -93,6 +93,17 @@ def test_parameters_stay_views(change, kind):
             torch.testing.assert_close(value.float(), expected[name], rtol=2**-8, atol=0)
 
 
+def test_a_move_touches_each_tensor_once(kind):
+    module, moved = build(kind), []
+
+    def move(tensor):
+        moved.append(tensor.numel())
+        return tensor.half()
+
+    module._apply(move)
+    assert sum(moved) == sum(parameter.numel() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 def test_parameters_stay_views_on_cuda(kind, device):
     module = build(kind)

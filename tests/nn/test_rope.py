@@ -106,6 +106,13 @@ def test_a_meta_build_is_finished_at_first_use():
     assert not rope.table(CPU).is_inference()
 
 
+def test_a_meta_build_is_finished_by_to_empty():
+    rope = RotaryEmbedding(16, 1000, device="meta")
+    assert rope._table is None
+    rope.to_empty(device="cpu")
+    assert torch.equal(rope._table, RotaryEmbedding(16, 1000)._table)
+
+
 def test_default_dtype_and_device_do_not_reach_the_table():
     torch.set_default_dtype(torch.float64)
     try:
