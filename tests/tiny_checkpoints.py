@@ -86,9 +86,9 @@ def edit_tensors(path: Path, **changes: torch.Tensor | None) -> None:
     save_file({k: v for k, v in content.items() if v is not None}, path)
 
 
-def write_tokenizer(path: Path, **config) -> None:
+def write_tokenizer(path: Path, adds_bos: bool = False, **config) -> None:
     """A byte-level tokenizer without merges: <s>, </s> and 256 bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
@@ -96,6 +96,8 @@ def write_tokenizer(path: Path, **config) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {
         "bos_token": "<s>",

@@ -96,7 +96,7 @@ def test_a_list_of_files_that_cannot_be_fetched_raises(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
     with pytest.raises(
-        CheckpointError, match="someone/tiny: cannot fetch the list of files .* ConnectionError"
+        CheckpointError, match=r"someone/tiny: cannot fetch the list of files .* ConnectionError"
     ):
         Hub(REPO).list(".pt")
 

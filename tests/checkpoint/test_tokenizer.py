@@ -39,7 +39,7 @@ def rendered_by_transformers(path, messages):
 
 @pytest.mark.parametrize("place", ["config", "named", "file"])
 def test_chat_template_renders_as_transformers(tmp_path, place):
-    write_tokenizer(tmp_path)
+    write_tokenizer(tmp_path, adds_bos=True)
     if place == "file":
         edit_json(tmp_path / "tokenizer_config.json", chat_template="wrong")
         (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
@@ -52,6 +52,8 @@ def test_chat_template_renders_as_transformers(tmp_path, place):
     assert text == rendered_by_transformers(tmp_path, MESSAGES)
     tokens = tokenizer.encode_chat(MESSAGES)
     assert tokens[0] == 0  # <s> is one token, not three bytes
+    assert tokens.count(0) == 1  # the template's; a plain text gets the tokenizer's
+    assert tokenizer.encode("a")[0] == 0
     assert tokenizer.decode(tokens) == text.removeprefix("<s>")
     assert tokenizer.encode_chat("so?") == tokenizer.encode_chat(MESSAGES[2:])
 
