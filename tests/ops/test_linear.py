@@ -12,6 +12,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_DTYPES = [torch.float16, torch.bfloat16]
 EPS = 0.1  # large against mean(x^2) = 1: a kernel that drops eps must fail
 NAN = float("nan")
+KERNELS_ONLY = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("emulator", marks=pytest.mark.emulator),
+        pytest.param("cuda", marks=pytest.mark.cuda),
+    ],
+    indirect=True,
+)
 CUDA_ONLY = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
 )
@@ -296,6 +304,28 @@ def test_rejects_wrong_arguments(device):
             call(**{name: a[name].bfloat16()})
         with pytest.raises(ValueError, match=rf"{name} must be on {device.type}(:0)?, got meta"):
             call(**{name: a[name].to("meta")})
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        (
+            "weight",
+            (slice(None), slice(63)),
+            r"weight must have two dimensions, the second that of x's rows",
+        ),
+        ("bias", slice(23), r"bias must be \[24\]"),
+        ("norm_weight", slice(63), r"norm_weight must be \[64\]"),
+        ("residual", slice(1), r"residual must have the shape of the output"),
+    ],
+)
+def test_raw_op_guards_memory(name, part, message, device):
+    a = make(2, 24, 64, torch.float16, device)
+    a[name] = a[name][part]
+    args = (a["x"], a["weight"], a["bias"], a["norm_weight"], EPS, False, a["residual"])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastshard.linear.default(*args)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 17])

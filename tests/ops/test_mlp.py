@@ -14,6 +14,14 @@ NAN = float("nan")
 EMULATOR_ONLY = pytest.mark.parametrize(
     "device", [pytest.param("emulator", marks=pytest.mark.emulator)], indirect=True
 )
+KERNELS_ONLY = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("emulator", marks=pytest.mark.emulator),
+        pytest.param("cuda", marks=pytest.mark.cuda),
+    ],
+    indirect=True,
+)
 CUDA_ONLY = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
 )
@@ -233,6 +241,23 @@ def test_rejects_wrong_arguments(device):
             call(**{name: a[name].bfloat16()})
         with pytest.raises(ValueError, match=rf"{name} must be on {device.type}(:0)?, got meta"):
             call(**{name: a[name].to("meta")})
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("gate_up_weight", slice(79), r"weights must be \[2 \* intermediate_size, 64\] and"),
+        ("down_weight", slice(63), r"weights must be .* and \[64, intermediate_size\]"),
+        ("residual", slice(1), r"residual must have the shape of x"),
+    ],
+)
+def test_raw_op_guards_memory(name, part, message, device):
+    a = make(2, 64, 40, torch.float16, device)
+    a[name] = a[name][part]
+    args = (a["x"], a["gate_up_weight"], a["down_weight"], "silu", a["residual"])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastshard.fused_mlp.default(*args)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 17])
