@@ -12,6 +12,7 @@ from torch import Tensor
 from fastshard.ops._checks import check_device, check_dtype, check_floating, check_shape
 from fastshard.ops._library import Cost, cost, define
 
+MAX_VOCAB_SIZE = 2**24  # the kernel sums 40-bit masses in 64 bits: csrc/sample/sample.h
 MASK = 0xFFFFFFFF  # a word of 32 bits
 
 define(
@@ -54,8 +55,9 @@ def sample(
         ``[b]``, int64.
 
     Raises:
-        ValueError: ``logits`` is no matrix with unit last stride or has no column; ``step`` is not
-            ``[]`` or not on the device of ``logits``; a number is out of range or not finite.
+        ValueError: ``logits`` is no matrix with unit last stride, or has no or above 2**24 columns;
+            ``step`` is not ``[]`` or not on the device of ``logits``; a number is out of range or
+            not finite.
         TypeError: ``logits`` or ``step`` has another dtype, or ``seed`` or ``top_k`` is no int.
 
     Source: Gumbel-max as in Maddison, Tarlow & Minka 2014; bits from Philox4x32-10, Salmon et al.
@@ -66,6 +68,10 @@ def sample(
         raise ValueError(
             "logits must be [batch, vocab_size >= 1] with unit last stride, "
             f"got shape {list(logits.shape)} and strides {list(logits.stride())}"
+        )
+    if logits.shape[1] > MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"logits must have at most {MAX_VOCAB_SIZE} columns, got {logits.shape[1]}"
         )
     check_dtype("step", step, torch.int64)
     check_device("step", step, logits.device)
@@ -116,8 +122,10 @@ def sample_reference(
     if temperature == 0:
         return _first_maximum(x)
     largest = x.amax(dim=1, keepdim=True)
-    # The largest becomes 0, also where it is infinite: then inf - inf is taken to be 0.
-    scaled = torch.where(x == largest, 0.0, (x - largest) / temperature)
+    # The largest becomes 0, also where it is infinite: then inf - inf is taken to be 0. A temperature
+    # above 2**125 acts as 2**125, whose inverse is a normal float32.
+    inverse_temperature = 1 / min(temperature, 2.0**125)
+    scaled = torch.where(x == largest, 0.0, (x - largest) * inverse_temperature)
     scaled = scaled.masked_fill(x == -math.inf, -math.inf)
     if 0 < top_k < x.shape[1]:
         kth_largest = scaled.topk(top_k, dim=1).values[:, -1:]
@@ -144,7 +152,7 @@ def _first_maximum(x: Tensor) -> Tensor:
 def _top_p_bound(scaled: Tensor, top_p: float) -> Tensor:
     """The smallest kept value of each row: the mass strictly above it is less than ``top_p``."""
     descending = scaled.sort(dim=1, descending=True).values
-    probs = descending.softmax(dim=1)
+    probs = descending.double().softmax(dim=1)
     mass_before = probs.cumsum(dim=1) - probs
     num_kept = (mass_before < top_p).sum(dim=1, keepdim=True).clamp(min=1)
     return descending.gather(1, num_kept - 1)

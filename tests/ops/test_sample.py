@@ -229,6 +229,21 @@ def test_ties_at_the_bound_are_kept(filters, device):
     assert tokens.unique().tolist() == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "filters",
+    [{"top_k": 3}, {"top_k": 1000, "top_p": 0.2}, {"top_p": 0.5}, {"min_p": 0.9}],
+    ids=str,
+)
+def test_more_ties_than_the_kernel_lists(filters, device):
+    # 5000 logits tie at the largest, above the 4096 that fit in shared memory, and 999 are less.
+    logits = torch.cat((torch.full((5000,), 1.5), torch.linspace(-9, 1, 999)))[torch.randperm(5999)]
+    logits = logits.expand(2, -1).contiguous()
+    tokens = ops.sample(logits.to(device), at_step(7, device), seed=1, **filters)
+    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
+    assert tokens.tolist() == sample_reference(logits, torch.tensor(7), 1, **full).tolist()
+    assert (logits.gather(1, tokens.cpu()[:, None]) == 1.5).all()
+
+
 def test_empty_batch(device):
     tokens = ops.sample(torch.zeros(0, 5, device=device), at_step(0, device))
     assert tokens.shape == (0,)
@@ -262,6 +277,9 @@ def test_rejects_wrong_tensors(device):
     for wrong in (logits[0], logits[:, :0], logits.expand(3, 2, 5), logits.T):
         with pytest.raises(ValueError, match=r"logits must be \[batch, vocab_size >= 1\] with"):
             ops.sample(wrong, step)
+    too_wide = torch.zeros(1, device="meta").as_strided((1, 2**24 + 1), (1, 1))
+    with pytest.raises(ValueError, match="logits must have at most 16777216 columns, got 16777217"):
+        ops.sample(too_wide, step.to("meta"))
     with pytest.raises(TypeError, match=r"logits must be float32, float16 or bfloat16, got to"):
         ops.sample(logits.int(), step)
     with pytest.raises(TypeError, match=r"step must be torch.int64, got torch.int32"):
