@@ -122,8 +122,8 @@ def sample_reference(
     if temperature == 0:
         return _first_maximum(x)
     largest = x.amax(dim=1, keepdim=True)
-    # The largest becomes 0, also where it is infinite: then inf - inf is taken to be 0. A temperature
-    # above 2**125 acts as 2**125, whose inverse is a normal float32.
+    # The largest becomes 0, also where it is infinite: then inf - inf counts as 0. Temperatures
+    # above 2**125 act as 2**125, whose inverse is a normal float32.
     inverse_temperature = 1 / min(temperature, 2.0**125)
     scaled = torch.where(x == largest, 0.0, (x - largest) * inverse_temperature)
     scaled = scaled.masked_fill(x == -math.inf, -math.inf)

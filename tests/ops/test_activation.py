@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastshard import ops
-from helpers import assert_as_accurate
+from helpers import CUDA_ONLY, assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = {
@@ -112,3 +112,22 @@ def test_opcheck(interleaved, device):
     torch.library.opcheck(torch.ops.fastshard.silu_and_mul.default, (gate_up, interleaved))
     act_and_mul = torch.ops.fastshard.act_and_mul.default
     torch.library.opcheck(act_and_mul, (gate_up, "gelu", interleaved))
+
+
+@CUDA_ONLY
+def test_replays_in_a_graph(device):
+    gate_up = torch.randn(5, 512, dtype=torch.float16, device=device)
+    assert_replays_in_a_graph(lambda: ops.act_and_mul(gate_up, activation="gelu"), gate_up)
+    assert_replays_in_a_graph(lambda: ops.silu_and_mul(gate_up, interleaved=True), gate_up)
+
+
+@CUDA_ONLY
+def test_runs_one_kernel_of_ours(device):
+    gate_up = torch.randn(5, 512, dtype=torch.float16, device=device)
+    for call in (
+        lambda: ops.act_and_mul(gate_up, activation="gelu"),
+        lambda: ops.silu_and_mul(gate_up[:, :256]),  # strided, without a copy
+    ):
+        names = cuda_kernel_names(call)
+        assert len(names) == 1
+        assert "fastshard::act_and_mul_kernel" in names[0]

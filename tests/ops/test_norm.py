@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastshard import ops
-from helpers import assert_as_accurate
+from helpers import CUDA_ONLY, assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 0.1  # large against mean(x^2) = 1: a kernel that drops eps must fail
@@ -274,3 +274,27 @@ def test_opcheck(op_name, transposed, device):
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
     op = getattr(torch.ops.fastshard, op_name).default
     torch.library.opcheck(op, OPCHECK_ARGUMENTS[op_name](x, residual, weight, bias))
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("norm", NORMS)
+def test_replays_in_a_graph(norm, device):
+    x, residual, weight, bias = tensors((5, 512), torch.float16, device, count=2)
+    assert_replays_in_a_graph(lambda: norm.plain(x, weight, bias), x)
+    assert_replays_in_a_graph(lambda: torch.cat(norm.add(x, residual, weight, bias)), x)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("norm", NORMS)
+def test_runs_one_kernel_of_ours(norm, device):
+    x, residual, weight, bias = tensors((5, 512), torch.float16, device, count=2)
+    heads = torch.randn(2, 3, 10, 128, dtype=torch.float16, device=device)[:, :, 2:6]
+    kernel = "fastshard::layer_norm_kernel" if norm is LAYER else "fastshard::rms_norm_kernel"
+    for call in (
+        lambda: norm.plain(x, weight, bias),
+        lambda: norm.add(x, residual, weight, bias),
+        lambda: norm.plain(heads, weight[:128], bias[:128]),  # in place, without a copy
+    ):
+        names = cuda_kernel_names(call)
+        assert len(names) == 1
+        assert kernel in names[0]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastshard import ops
-from helpers import assert_as_accurate
+from helpers import CUDA_ONLY, assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MAX_POSITIONS = 40
@@ -361,3 +361,50 @@ def test_opcheck(interleaved, device):
     torch.library.opcheck(rope_append, (*given.values(), interleaved))
     given["table"] = None
     torch.library.opcheck(rope_append, (*given.values(), interleaved))
+
+
+@CUDA_ONLY
+@STYLES
+def test_replays_in_a_graph(interleaved, device):
+    given = arguments(device)
+    q, table, positions = given["q"], given["table"], given["positions"]
+    assert_replays_in_a_graph(
+        lambda: ops.apply_rope(q, table, positions, interleaved=interleaved), q
+    )
+
+    def append():
+        q_out = ops.rope_append(**given, interleaved=interleaved)
+        return torch.cat([t.flatten() for t in (q_out, given["k_cache"], given["v_cache"])])
+
+    for name in ("q", "k", "v"):
+        assert_replays_in_a_graph(append, given[name])
+
+
+@CUDA_ONLY
+def test_a_replay_reads_positions_and_slots(device):
+    given = arguments(device)
+    given["slots"] = given["slots"].clone()
+    ops.rope_append(**given, interleaved=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        q_out = ops.rope_append(**given, interleaved=False)
+    given["positions"] += 4
+    given["slots"] += 4
+    expected = {key: tensor.clone() for key, tensor in given.items()}
+    graph.replay()
+    assert torch.equal(q_out, ops.rope_append(**expected, interleaved=False))
+    assert torch.equal(given["k_cache"], expected["k_cache"])
+
+
+@CUDA_ONLY
+@STYLES
+def test_runs_one_kernel_of_ours(interleaved, device):
+    given = arguments(device)
+    q, table, positions = given["q"], given["table"], given["positions"]
+    for call in (
+        lambda: ops.apply_rope(q, table, positions, interleaved=interleaved),
+        lambda: ops.rope_append(**given, interleaved=interleaved),
+    ):
+        names = cuda_kernel_names(call)
+        assert len(names) == 1
+        assert "fastshard::rope_kernel" in names[0]

@@ -9,6 +9,7 @@ from transformers.generation import logits_process
 
 from fastshard import ops
 from fastshard.ops.sample import MASK, philox4x32, sample_reference
+from helpers import CUDA_ONLY, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Below and at one vector of 4, 8 elements; one, several and many rounds of a block; odd sizes.
@@ -215,9 +216,10 @@ def test_a_small_temperature_is_greedy(temperature, device):
     assert torch.equal(tokens, logits.argmax(dim=1))
 
 
-def test_a_large_temperature_is_uniform(device):
+@pytest.mark.parametrize("temperature", [1e10, 3e38, 1e300])
+def test_a_large_temperature_is_uniform(temperature, device):
     logits = make_logits(300, 10, torch.float32).to(device)
-    tokens = ops.sample(logits, at_step(0, device), temperature=3e38)
+    tokens = ops.sample(logits, at_step(0, device), temperature=temperature)
     assert torch.bincount(tokens.cpu(), minlength=10).min() > 10
 
 
@@ -304,3 +306,34 @@ def test_traces_without_a_graph_break(filters, device):
 def test_opcheck(device):
     arguments = (torch.randn(3, 50, device=device), at_step(2, device), 9, 0.8, 10, 0.9, 0.01)
     torch.library.opcheck(torch.ops.fastshard.sample.default, arguments)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("vocab_size", [1000, 32000])
+@pytest.mark.parametrize("filters", [{"temperature": 0.0}, *FILTERS], ids=str)
+def test_replays_in_a_graph(filters, vocab_size, device):
+    logits = torch.randn(3, vocab_size, device=device)
+    step = at_step(0, device)
+    assert_replays_in_a_graph(lambda: ops.sample(logits, step, **filters), logits)
+
+
+@CUDA_ONLY
+def test_a_replay_reads_step(device):
+    logits, step = torch.zeros(64, 1000, device=device), at_step(0, device)
+    ops.sample(logits, step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = ops.sample(logits, step)
+    step += 1
+    graph.replay()
+    assert torch.equal(tokens, ops.sample(logits, at_step(1, device)))
+    assert (tokens != ops.sample(logits, at_step(0, device))).sum() > 60
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("filters", [{"temperature": 0.0}, FILTERS[7]], ids=str)
+def test_runs_one_kernel_of_ours(filters, device):
+    logits, step = torch.randn(3, 32000, device=device), at_step(0, device)
+    names = cuda_kernel_names(lambda: ops.sample(logits, step, **filters))
+    assert len(names) == 1
+    assert "fastshard::sample_kernel" in names[0]
