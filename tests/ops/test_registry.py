@@ -1,0 +1,94 @@
+"""Every op of the package is whole: fake kernel, CPU reference, cost, opcheck, CUDA kernel."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastshard import ops
+
+TESTS = Path(__file__).parent
+
+
+def op_names(namespace: str = "fastshard") -> list[str]:
+    """Registered ops, without the namespace."""
+    prefix = f"{namespace}::"
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)})
+
+
+def opchecked(op_name: str, sources: list[str]) -> bool:
+    """Whether a test that calls ``opcheck``, or a module-level name it uses, names the op."""
+    for source in sources:
+        tree = ast.parse(source)
+        definitions = {}
+        for node in tree.body:
+            if isinstance(node, ast.Assign):
+                definitions.update({t.id: node for t in node.targets if isinstance(t, ast.Name)})
+            elif isinstance(node, ast.FunctionDef):
+                definitions[node.name] = node
+        for node in tree.body:
+            if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
+                continue
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            text = "\n".join([ast.unparse(node), *(ast.unparse(definitions[n]) for n in used & definitions.keys())])
+            if ".opcheck(" in text and re.search(rf"\b{op_name}\b", text):
+                return True
+    return False
+
+
+def missing_parts(op_name: str, namespace: str = "fastshard") -> list[str]:
+    """What the op lacks, as words for the message."""
+    qualified = f"{namespace}::{op_name}"
+
+    def has(key: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+
+    sources = [path.read_text() for path in sorted(TESTS.glob("test_*.py"))]
+    parts = {
+        "fake kernel": has("Meta"),
+        "CPU reference": has("CPU"),
+        "cost entry": op_name in ops.COSTS,
+        "opcheck in tests/ops": opchecked(op_name, sources),
+        "CUDA kernel": has("CUDA") or not ops.HAS_KERNELS,
+    }
+    return [part for part, present in parts.items() if not present]
+
+
+@pytest.mark.parametrize("op_name", op_names())
+def test_op_is_whole(op_name):
+    assert missing_parts(op_name) == []
+
+
+def test_finds_the_ops():
+    assert {"rms_norm", "attention", "sample", "rope_append"} <= set(op_names())
+
+
+def test_every_cost_has_an_op():
+    assert set(op_names()) == set(ops.COSTS)
+
+
+def test_a_bare_op_lacks_every_part():
+    library = torch.library.Library("fastshard_bare", "DEF")
+    library.define("nothing_at_all(Tensor x) -> Tensor")
+    parts = ["fake kernel", "CPU reference", "cost entry", "opcheck in tests/ops"]
+    if ops.HAS_KERNELS:
+        parts.append("CUDA kernel")
+    assert op_names("fastshard_bare") == ["nothing_at_all"]
+    assert missing_parts("nothing_at_all", "fastshard_bare") == parts
+
+
+def test_opchecked_reads_the_test_and_what_it_uses():
+    source = """
+ARGUMENTS = {"first": 1, "other_second": 2}
+UNUSED = {"third": 3}
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.fastshard, name).default, ARGUMENTS[name])
+def test_fourth():
+    torch.ops.fastshard.fourth.default(1)
+"""
+    assert opchecked("first", [source])
+    for name in ("second", "third", "fourth"):
+        assert not opchecked(name, [source])
