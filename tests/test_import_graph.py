@@ -11,7 +11,8 @@ PACKAGE = Path(fastshard.__file__).parent
 # From the bottom up; what is in none of them sits on top and may import anything but the entry
 # points. Modules of one layer do not import each other: dist and checkpoint know only the models.
 LAYERS = [
-    {"_build_info", "build_record", "environment"},
+    {"_C", "_build_info"},  # files only where the package is built
+    {"build_record", "environment"},
     {"ops"},
     {"nn"},
     {"models"},
@@ -27,7 +28,7 @@ def parts_of(package: Path) -> dict[Path, str]:
 
 
 def imported_parts(file: Path, package: Path) -> set[str]:
-    """Parts of the package that a file imports, anywhere in it; ``__init__`` is the package itself."""
+    """Parts of the package that a file imports; ``__init__`` for names of the package itself."""
     here = [package.name, *file.relative_to(package).parent.parts]
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -39,12 +40,11 @@ def imported_parts(file: Path, package: Path) -> set[str]:
             modules = [[*base, alias.name] for alias in node.names]
         else:
             continue
-        for root, *rest in (module for module in modules if module[0] == package.name):
-            part = rest[0] if rest else "__init__"
-            is_module = (package / root / part).exists() or any(
-                (package / name).exists() for name in (part, f"{part}.py")
-            )
-            found.add(part if is_module else "__init__")
+        for module in modules:
+            if module[0] == package.name:
+                part = module[1] if len(module) > 1 else "__init__"
+                is_file = (package / part).exists() or (package / f"{part}.py").exists()
+                found.add(part if is_file or part in LAYERS[0] else "__init__")
     return found
 
 

@@ -33,7 +33,8 @@ def opchecked(op_name: str, sources: list[str]) -> bool:
             if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
                 continue
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-            text = "\n".join([ast.unparse(node), *(ast.unparse(definitions[n]) for n in used & definitions.keys())])
+            read = [node, *(definitions[name] for name in used & definitions.keys())]
+            text = "\n".join(map(ast.unparse, read))
             if ".opcheck(" in text and re.search(rf"\b{op_name}\b", text):
                 return True
     return False
