@@ -60,6 +60,28 @@ def norm():
     return lambda: (ops.rms_norm(x, weight, 0.1), ops.layer_norm(x, weight, None, 0.1))
 
 
+@check("activation/*.cu")
+def act_and_mul():
+    gate_up = inside_nan(3, 2 * 132, dtype=torch.float16)
+    other = inside_nan(3, 2 * 9, dtype=torch.float16)
+    return lambda: (ops.act_and_mul(gate_up, activation="gelu"), ops.silu_and_mul(other))
+
+
+@check("sample/*.cu")
+def sample():
+    """Lists of all warps, digits to select, draws to repeat; ties just above what can be listed."""
+    logits = torch.randn(12, 300, dtype=torch.float16)
+    ties = torch.cat((torch.zeros(4097), -torch.ones(400)))[torch.randperm(4497)][None]
+    step = torch.tensor(3)
+    return lambda: (
+        ops.sample(logits, step, temperature=0.0),
+        ops.sample(logits, step, temperature=9.0, top_k=100),
+        ops.sample(logits, step, temperature=3.0, top_k=100, top_p=0.6, min_p=0.1),
+        ops.sample(logits, step, temperature=3.0, top_p=0.3),
+        ops.sample(ties, step, top_k=500, top_p=0.9),
+    )
+
+
 @check("gemv/*.cu")
 def linear():
     """More tiles than blocks, a ragged last one; activations of one chunk, and of two."""

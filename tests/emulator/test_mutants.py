@@ -193,6 +193,54 @@ MUTANTS = [
         "position >= 0 && position < p.max_positions",
         "position >= 0",
     ),
+    Mutant(
+        "act_and_mul: goes on past the end of a row",
+        "act_and_mul",
+        "activation/act_and_mul.cuh",
+        "  if (column >= p.intermediate_size) return;\n",
+    ),
+    Mutant(
+        "sample: no barrier before candidates are listed",
+        "sample",
+        "sample/sample.cuh",
+        "    if (threadIdx.x == 0) smem.num_candidates = 0;\n    __syncthreads();\n",
+        "    if (threadIdx.x == 0) smem.num_candidates = 0;\n",
+    ),
+    Mutant(
+        "sample: no barrier before the list is read",
+        "sample",
+        "sample/sample.cuh",
+        "    });\n    __syncthreads();\n    listed =",
+        "    });\n    listed =",
+    ),
+    Mutant(
+        "sample: takes an overfull list for a whole one",
+        "sample",
+        "sample/sample.cuh",
+        "listed = smem.num_candidates <= Config::kCapacity;",
+        "listed = true;",
+    ),
+    Mutant(
+        "sample: no barrier before keys are counted",
+        "sample",
+        "sample/sample.cuh",
+        "smem.histogram[i] = 0;\n      __syncthreads();\n",
+        "smem.histogram[i] = 0;\n",
+    ),
+    Mutant(
+        "sample: no barrier before a digit is selected",
+        "sample",
+        "sample/sample.cuh",
+        "      __syncthreads();\n      if (threadIdx.x < 32) select_digit(remaining);\n",
+        "      if (threadIdx.x < 32) select_digit(remaining);\n",
+    ),
+    Mutant(
+        "sample: no barrier before the selected digit is read",
+        "sample",
+        "sample/sample.cuh",
+        "select_digit(remaining);\n      __syncthreads();\n",
+        "select_digit(remaining);\n",
+    ),
 ]
 
 

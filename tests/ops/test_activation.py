@@ -6,7 +6,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastshard import ops
-from helpers import CUDA_ONLY, assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
+from helpers import (
+    CUDA_ONLY,
+    KERNELS_ONLY,
+    assert_as_accurate,
+    assert_replays_in_a_graph,
+    cuda_kernel_names,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = {
@@ -94,6 +100,20 @@ def test_rejects_wrong_arguments(device):
             call(gate_up[0, 0])
         with pytest.raises(TypeError, match="gate_up must be float32, float16 or bfloat16, got"):
             call(gate_up.double())
+
+
+@KERNELS_ONLY
+def test_raw_ops_guard_memory(device):
+    gate_up = torch.randn(2, 16, device=device)
+    raw = torch.ops.fastshard
+    for call, message in (
+        (lambda: raw.silu_and_mul(gate_up[:, :15], False), "even last dimension .* got 15"),
+        (lambda: raw.silu_and_mul(gate_up[0, 0], False), "gate_up must have at least 1 dimension"),
+        (lambda: raw.silu_and_mul(gate_up.int(), False), "gate_up must be float32, .* got Int"),
+        (lambda: raw.act_and_mul(gate_up, "swish", False), "silu, gelu, gelu_tanh, relu, got 'swi"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 def test_traces_without_a_graph_break(device):

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastshard import ops
-from helpers import CUDA_ONLY, assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
+from helpers import (
+    CUDA_ONLY,
+    KERNELS_ONLY,
+    assert_as_accurate,
+    assert_replays_in_a_graph,
+    cuda_kernel_names,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 0.1  # large against mean(x^2) = 1: a kernel that drops eps must fail
@@ -244,6 +250,36 @@ def test_rejects_wrong_bias(device):
             call(x, weight, weight.half())
         with pytest.raises(ValueError, match=r"bias must be on \w+(:0)?, got meta"):
             call(x, weight, weight.to("meta"))
+
+
+@KERNELS_ONLY
+def test_raw_ops_guard_memory(device):
+    x, residual, weight, bias = tensors((2, 64), torch.float32, device, count=2)
+    raw = torch.ops.fastshard
+    for call, message in (
+        (
+            lambda: raw.rms_norm(x, weight[:60], EPS, False),
+            r"must be \[64\], got 1 dimensions and 60",
+        ),
+        (lambda: raw.rms_norm(x, weight.half(), EPS, False), "must have the device and dtype of"),
+        (lambda: raw.rms_norm(x[:, :63], weight[:63], EPS, False), "rows of whole 16-byte vectors"),
+        (lambda: raw.rms_norm(x[0, 0], weight, EPS, False), "x must have at least 1 dimension"),
+        (lambda: raw.rms_norm(x.int(), weight.int(), EPS, False), "x must be float32, .* got Int"),
+        (
+            lambda: raw.add_rms_norm(x, residual[:1], weight, EPS, False),
+            "residual must have the sh",
+        ),
+        (
+            lambda: raw.layer_norm(x, None, bias[:60], EPS),
+            r"must be \[64\], got 1 dimensions and 60",
+        ),
+        (
+            lambda: raw.add_layer_norm(x, residual.half(), None, None, EPS),
+            "must have the device and",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("norm", NORMS)

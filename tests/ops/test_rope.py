@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from fastshard import ops
-from helpers import CUDA_ONLY, assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
+from helpers import (
+    CUDA_ONLY,
+    KERNELS_ONLY,
+    assert_as_accurate,
+    assert_replays_in_a_graph,
+    cuda_kernel_names,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MAX_POSITIONS = 40
@@ -328,6 +334,37 @@ def test_apply_rope_rejects_wrong_x(device):
     ):
         with pytest.raises(ValueError, match=message):
             ops.apply_rope(change(given["q"]), given["table"], given["positions"], interleaved=True)
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q", lambda t: t[0], "q must have 4 dimensions"),
+        ("k", lambda t: t[:, :2], "k and v must have the tokens and the head_dim of q"),
+        ("v", lambda t: t[:, :, :1], "k and v must .* and the same heads"),
+        ("v", lambda t: t.half(), "must have the device and dtype of q"),
+        (
+            "table",
+            lambda t: t.repeat(1, 2, 1),
+            "table must be a contiguous float32 .* head_dim / 2",
+        ),
+        ("table", lambda t: t.half(), "table must be a contiguous float32"),
+        ("positions", lambda t: t[:, :2], r"positions and slots must be int64 \[2, 3\]"),
+        ("slots", lambda t: t[:1], r"positions and slots must be int64 \[2, 3\]"),
+        ("slots", lambda t: t.int(), r"positions and slots must be int64 \[2, 3\]"),
+        ("k_cache", lambda t: t[:1], "k_cache and v_cache must be the same .batch of q or more"),
+        ("v_cache", lambda t: t[:, :, :7], "k_cache and v_cache must be the same"),
+        ("v_cache", lambda t: t.mT, "must have 4 dimensions and unit last stride"),
+        ("overflow", lambda t: t[:0], r"overflow must be int32 \[1\]"),
+    ],
+)
+def test_raw_op_guards_memory(name, change, message, device):
+    given = arguments(device)
+    given["positions"] = given["positions"].expand(2, 3)
+    given[name] = change(given[name])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastshard.rope_append.default(*given.values(), False)
 
 
 @STYLES

@@ -9,7 +9,7 @@ from transformers.generation import logits_process
 
 from fastshard import ops
 from fastshard.ops.sample import MASK, philox4x32, sample_reference
-from helpers import CUDA_ONLY, assert_replays_in_a_graph, cuda_kernel_names
+from helpers import CUDA_ONLY, KERNELS_ONLY, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Below and at one vector of 4, 8 elements; one, several and many rounds of a block; odd sizes.
@@ -291,6 +291,23 @@ def test_rejects_wrong_tensors(device):
         ops.sample(logits, step[None])
     with pytest.raises(ValueError, match=r"step must be on \w+(:0)?, got meta"):
         ops.sample(logits, step.to("meta"))
+
+
+@KERNELS_ONLY
+def test_raw_op_guards_memory(device):
+    logits, step = torch.zeros(2, 5, device=device), at_step(0, device)
+    raw = torch.ops.fastshard.sample.default
+    for arguments, message in (
+        ((logits.T, step, 0, 1.0, 0, 1.0, 0.0), "2 dimensions and unit last stride"),
+        ((logits[:, :0], step, 0, 1.0, 0, 1.0, 0.0), "1 to 16777216 columns, got 0"),
+        ((logits, step.int(), 0, 1.0, 0, 1.0, 0.0), "step must be one int64 on the device"),
+        ((logits, step.expand(0), 0, 1.0, 0, 1.0, 0.0), "step must be one int64 on the device"),
+        ((logits.int(), step, 0, 1.0, 0, 1.0, 0.0), "logits must be float32, .* got Int"),
+        ((logits, step, 0, math.nan, 0, 1.0, 0.0), "temperature, top_k, top_p and min_p must be"),
+        ((logits, step, 0, 1.0, -1, 1.0, 0.0), "temperature, top_k, top_p and min_p must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            raw(*arguments)
 
 
 @pytest.mark.parametrize("filters", [{"temperature": 0.0}, {"top_k": 3, "top_p": 0.9}], ids=str)
