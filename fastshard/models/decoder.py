@@ -182,7 +182,7 @@ class ShardTransformerDecoder(nn.Module):
         """Run the shard's layers.
 
         Args:
-            tokens: ``[b, s]`` int64 or int32, on a first shard only.
+            tokens: ``[b, s]`` int64 or int32, for a first shard; others ignore them.
             mask: ``[b | 1, s, S]`` over keys, or with caches over slots (S at least those in use):
                 bool, True = attend, or floating, added. None: causal, with caches too.
             input_pos: ``[b | 1, s]``, ``[s]`` or 0-d positions for RoPE; by default they count on
@@ -212,7 +212,8 @@ class ShardTransformerDecoder(nn.Module):
         else:
             positions = check_positions(self, input_pos, b, s)
 
-        h = hidden_state if tokens is None else self.tok_embeddings(tokens)  # [b, s, hidden_size]
+        is_first = self.shard.is_first_layer()
+        h = self.tok_embeddings(tokens) if is_first else hidden_state  # [b, s, hidden_size]
         for layer in self.layers.values():
             h = layer(h, mask=mask, input_pos=positions, first_key=first_key, step=step)
         if is_counting:

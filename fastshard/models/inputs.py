@@ -20,21 +20,22 @@ def check_input(
 ) -> tuple[int, int]:
     """Return (b, s) of the input that this shard takes: tokens on the first, else a hidden state.
 
+    A ring of shards may hand the tokens on to every shard: beside a hidden state they are ignored.
+
     Raises:
-        ValueError: the other one is given too or instead, or shape, device or a token is wrong.
+        ValueError: the input is missing, a hidden state is given to the first shard, or shape,
+            device or a token is wrong.
         TypeError: the dtype is wrong.
     """
     shard, config = decoder.shard, decoder.config
-    wanted, other = ("tokens", "hidden_state")
-    if not shard.is_first_layer():
-        wanted, other = other, wanted
-    given = {"tokens": tokens, "hidden_state": hidden_state}
-    x = given[wanted]
-    if x is None or given[other] is not None:
+    is_first = shard.is_first_layer()
+    wanted, x = ("tokens", tokens) if is_first else ("hidden_state", hidden_state)
+    if x is None or (is_first and hidden_state is not None):
+        given = {"tokens": tokens, "hidden_state": hidden_state}
         names = [name for name, value in given.items() if value is not None]
         raise ValueError(
-            f"{wanted} and no {other} must be given to layers {shard.start_layer} to "
-            f"{shard.end_layer}, got {' and '.join(names) or 'none of them'}"
+            f"{wanted}{' and no hidden_state' if is_first else ''} must be given to layers "
+            f"{shard.start_layer} to {shard.end_layer}, got {' and '.join(names) or 'none of them'}"
         )
     if wanted == "tokens":
         if x.dtype not in (torch.int64, torch.int32):

@@ -72,8 +72,8 @@ class ShardedGeneralModel(nn.Module):
         """Run the shard's layers over the next tokens; appends them to the cache, if there is one.
 
         Args:
-            tokens: ``[b, s]`` int64, on a first shard only. With a cache those that follow the
-                cached ones, without all of them.
+            tokens: ``[b, s]`` int64, for a first shard; others ignore them. With a cache those that
+                follow the cached ones, without all of them.
             mask: ``[1 | b, T, S]``: a row for each token of the sequence, or for these s only.
                 Bool, True = attend, or floating, added to the scores (so ones attend everywhere).
                 With a cache S is at least the slots in use. None: causal.
