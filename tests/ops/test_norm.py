@@ -89,9 +89,12 @@ def tensors(shape, dtype, device, count=1):
 @pytest.mark.parametrize(("row_bytes", "num_tokens"), SIZES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_matches_float64(norm, row_bytes, num_tokens, dtype, device):
-    x, weight, bias = tensors((num_tokens, row_bytes // dtype.itemsize), dtype, device)
+    # Several calls for few rows: how far eager errs on a single row of float32 is a matter of luck.
+    num_calls = 1 if num_tokens > 1 else 16
+    shape = (num_calls * num_tokens, row_bytes // dtype.itemsize)
+    x, weight, bias = tensors(shape, dtype, device)
     x += 3  # a layer norm that takes the variance about zero must fail
-    actual = norm.plain(x, weight, bias)
+    actual = torch.cat([norm.plain(rows, weight, bias) for rows in x.split(num_tokens)])
     assert_as_accurate(actual, norm.golden(x, weight, bias), norm.naive(x, weight, bias))
 
 
