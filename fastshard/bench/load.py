@@ -1,6 +1,6 @@
 """Measure the host memory and the time that loading a checkpoint takes.
 
-    python benchmarks/load_memory.py --gib 4 [--device cuda] [--shard 0-7]
+    python -m fastshard.bench.load --gib 4 [--device cuda] [--shard 0-7] [--json FILE]
 
 Writes a random Llama-shaped checkpoint of about this size, one file a layer, then loads it in a
 fresh process. The rule: peak host memory, beyond weights that live on the host, is at most that of
@@ -9,6 +9,7 @@ the process with torch imported, plus the largest tensor, plus 1 GiB.
 
 import argparse
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+import fastshard
 
 HIDDEN, INTERMEDIATE, VOCAB, NUM_HEADS, NUM_KV_HEADS = 4096, 14336, 32000, 32, 8
 
@@ -69,9 +72,8 @@ def peak_bytes() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) * 1024
 
 
-def measure(path: Path, device: str, layers: str) -> None:
-    import fastshard
-
+def measure(path: Path, device: str, layers: str) -> dict:
+    """Load a shard of the checkpoint in this process, and say what it took."""
     n_layers = json.loads((path / "config.json").read_text())["num_hidden_layers"]
     start, end = map(int, layers.split("-")) if layers else (0, n_layers - 1)
     shard = fastshard.Shard("random", start, end, n_layers)
@@ -85,12 +87,29 @@ def measure(path: Path, device: str, layers: str) -> None:
     peak = peak_bytes()
     sizes = [t.numel() * t.element_size() for t in model.model.state_dict().values()]
     on_host = sum(sizes) if device == "cpu" else 0
-    beyond, allowed = peak - before - on_host, max(sizes) + 2**30
-    print(
-        f"load  {sum(sizes) / 2**30:.2f} GiB of bfloat16 to {device}  {seconds:.2f} s  "
-        f"{sum(sizes) / seconds / 1e9:.2f} GB/s  host peak beyond the weights "
-        f"{beyond / 2**20:.0f} MiB  allowed {allowed / 2**20:.0f} MiB  "
-        f"{'holds' if beyond <= allowed else 'BROKEN'}"
+    name = torch.cuda.get_device_name(device) if device != "cpu" else platform.machine()
+    return {
+        "benchmark": "load",
+        "device": name,
+        "fastshard": fastshard.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "layers": [start, end],
+        "weight_bytes": sum(sizes),
+        "seconds": seconds,
+        "host_peak_beyond_weights_bytes": peak - before - on_host,
+        "allowed_bytes": max(sizes) + 2**30,
+    }
+
+
+def format_line(result: dict) -> str:
+    size, beyond = result["weight_bytes"], result["host_peak_beyond_weights_bytes"]
+    allowed = result["allowed_bytes"]
+    return (
+        f"load  {size / 2**30:.2f} GiB of bfloat16 to {result['device']}  "
+        f"{result['seconds']:.2f} s  {size / result['seconds'] / 1e9:.2f} GB/s  "
+        f"host peak beyond the weights {beyond / 2**20:.0f} MiB  "
+        f"allowed {allowed / 2**20:.0f} MiB  {'holds' if beyond <= allowed else 'BROKEN'}"
     )
 
 
@@ -99,15 +118,22 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shard", default="", metavar="A-B", help="layers to load, all by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(args.measure, args.device, args.shard)
+        result = measure(args.measure, args.device, args.shard)
+        print(format_line(result))
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), max(1, round((args.gib - 0.49) / 0.406)))
-        command = [sys.executable, __file__, "--measure", folder, "--device", args.device]
-        subprocess.run([*command, "--shard", args.shard], check=True)
+        command = [sys.executable, "-m", "fastshard.bench.load", "--measure", folder]
+        command += ["--device", args.device, "--shard", args.shard]
+        if args.json:
+            command += ["--json", str(args.json)]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Benchmarks, each a module to run; ``results/`` holds what they measured, as JSON."""
