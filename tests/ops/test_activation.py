@@ -151,3 +151,11 @@ def test_runs_one_kernel_of_ours(device):
         names = cuda_kernel_names(call)
         assert len(names) == 1
         assert "fastshard::act_and_mul_kernel" in names[0]
+
+
+def test_cost():
+    gate_up = torch.zeros(3, 2 * 64, dtype=torch.float16)
+    assert ops.COSTS["silu_and_mul"](gate_up, False).bytes == 2 * 3 * 3 * 64
+    assert ops.COSTS["act_and_mul"](gate_up, "gelu", True) == ops.COSTS["silu_and_mul"](
+        gate_up, True
+    )

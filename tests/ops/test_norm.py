@@ -337,3 +337,11 @@ def test_runs_one_kernel_of_ours(norm, device):
         names = cuda_kernel_names(call)
         assert len(names) == 1
         assert kernel in names[0]
+
+
+def test_cost():
+    x, residual, weight, bias = tensors((3, 64), torch.float16, "cpu", count=2)
+    assert ops.COSTS["rms_norm"](x, weight, EPS, False).bytes == 2 * (2 * 192 + 64)
+    assert ops.COSTS["add_rms_norm"](x, residual, weight, EPS, False).bytes == 2 * (4 * 192 + 64)
+    assert ops.COSTS["layer_norm"](x, weight, bias, EPS).bytes == 2 * (2 * 192 + 128)
+    assert ops.COSTS["add_layer_norm"](x, residual, None, bias, EPS).bytes == 2 * (4 * 192 + 64)

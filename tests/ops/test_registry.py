@@ -1,6 +1,7 @@
 """Every op of the package is whole: fake kernel, CPU reference, cost, opcheck, CUDA kernel."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def test_op_is_whole(op_name):
 
 def test_finds_the_ops():
     assert {"rms_norm", "attention", "sample", "rope_append"} <= set(op_names())
+
+
+@pytest.mark.parametrize("op_name", op_names())
+def test_cost_takes_the_arguments_of_the_op(op_name):
+    schema = getattr(torch.ops.fastshard, op_name).default._schema
+    inspect.signature(ops.COSTS[op_name]).bind(*schema.arguments)  # TypeError where they do not fit
 
 
 def test_every_cost_has_an_op():

@@ -445,3 +445,15 @@ def test_runs_one_kernel_of_ours(interleaved, device):
         names = cuda_kernel_names(call)
         assert len(names) == 1
         assert "fastshard::rope_kernel" in names[0]
+
+
+def test_cost():
+    given = arguments("cpu")  # 6 tokens; 4, 2 and 2 heads of 16 float32; 8 pairs
+    x, table, index = given["q"], given["table"], given["positions"].expand(2, 3)
+    cost = ops.COSTS["apply_rope"](x, table, index, False)
+    assert cost == ops.Cost(bytes=2 * 6 * 64 * 4 + 6 * (8 + 64), flops=6 * 4 * 8 * 6)
+    cost = ops.COSTS["rope_append"](*given.values(), False)
+    assert cost == ops.Cost(bytes=2 * 6 * 128 * 4 + 6 * (16 + 64), flops=6 * 6 * 8 * 6)
+    given["table"] = None
+    cost = ops.COSTS["rope_append"](*given.values(), False)
+    assert cost == ops.Cost(bytes=2 * 6 * 128 * 4 + 6 * 8, flops=0)

@@ -355,3 +355,9 @@ def test_runs_one_kernel_of_ours(filters, device):
     names = cuda_kernel_names(lambda: ops.sample(logits, step, **filters))
     assert len(names) == 1
     assert "fastshard::sample_kernel" in names[0]
+
+
+def test_cost():
+    logits, step = torch.zeros(2, 5, dtype=torch.float16), torch.tensor(0)
+    cost = ops.COSTS["sample"](logits, step, 0, 1.0, 0, 1.0, 0.0)
+    assert cost == ops.Cost(bytes=2 * 5 * 2 + 2 * 8, flops=10)
