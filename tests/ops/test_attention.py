@@ -127,9 +127,10 @@ def test_key_bounds(s_q, causal, integer, device):
     check(q[:2], k[:2], v[:2], causal=causal, kv_lengths=kv_lengths[:2])
 
 
-def test_strided_lengths(device):
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
+def test_strided_lengths(integer, device):
     q, k, v = make_qkv(device, torch.float16, b=3, s_q=1, s_kv=80)
-    pairs = torch.tensor([[50, 3], [60, 4], [80, 0]], device=device)
+    pairs = torch.tensor([[50, 3], [60, 4], [80, 0]], dtype=integer, device=device)
     check(q, k, v, kv_lengths=pairs[:, 0], first_key=pairs[:, 1])
     check(q, k, v, kv_lengths=pairs[:1, 0].expand(3))
 
@@ -248,7 +249,6 @@ def test_long_cache(s_q, layer_norm, head_dim, device):
         check_layer_norm(q, k, v, causal=True, kv_lengths=kv_lengths)
 
 
-@large
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_as_many_splits_as_there_can_be(layer_norm, device):
     q, k, v = make_qkv(device, torch.float16, s_q=1, s_kv=40000)
@@ -290,6 +290,10 @@ def test_unaligned_and_permuted(device):
     assert torch.equal(ops.attention(*shifted), expected)
     columns = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v)]
     assert torch.equal(ops.attention(*columns), expected)
+    wide_elements = [torch.stack([t] * 8, -1)[..., 0] for t in (q, k, v)]
+    assert torch.equal(ops.attention(*wide_elements), expected)
+    odd_rows = [torch.cat([t, t[..., :4]], -1)[..., :64] for t in (q, k, v)]
+    assert torch.equal(ops.attention(*odd_rows), expected)
     one_head = [t[:, :, :1].expand(2, -1, 2, 64) for t in (k, v)]
     check(q, *one_head)
 
