@@ -225,6 +225,14 @@ def test_progress_of_all_shards_together(path):
     assert done[-1] == elements
 
 
+def test_a_shard_without_layers_raises(path):
+    from fastshard.loading import load_chain
+
+    parts = [range(0, 3), range(3, 3)]
+    with pytest.raises(ValueError, match=r"layers must hold each of 0-2 once, in .* 0-2,3-2"):
+        load_chain(fastshard.checkpoint.Checkpoint(path), parts, device="cpu")
+
+
 def test_info_prints_facts(capsys):
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fastshard"] == fastshard.__version__

@@ -82,6 +82,19 @@ def test_rows_of_a_batch_end_where_their_own_end_token_is(model):
         assert row == whole[:stop]
 
 
+def test_a_batch_of_ended_rows_takes_no_more_steps(path, monkeypatch):
+    model = fastshard.load(path, device="cpu")
+    calls = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda *args, **settings: (calls.append(1), generate(*args, **settings))[1],
+    )
+    generate_batch(model, [[40, 41]], max_new_tokens=20, eos_tokens=range(258))
+    assert len(calls) == 1
+
+
 def test_stream_gives_the_text_of_the_tokens(model):
     stream = model.stream("Grüße", max_new_tokens=40, **SAMPLED)
     assert isinstance(stream, TextStream)
@@ -114,6 +127,20 @@ def test_stop_strings_across_tokens(model):
     assert "".join(stream) == whole[: whole.index(stop)]
     assert stream.num_tokens < 40
     assert "".join(model.stream("ab", max_new_tokens=40, stop=stop, **SAMPLED)) == whole[:10]
+
+
+def test_what_may_begin_a_stop_string_is_text_at_the_end(model):
+    whole = "".join(model.stream("ab", max_new_tokens=20, **SAMPLED))
+    stop = whole[-1] + "never"
+    assert "".join(model.stream("ab", max_new_tokens=20, stop=stop, **SAMPLED)) == whole
+
+
+def test_a_decoder_that_strips_the_start_sees_the_prompt(model, monkeypatch):
+    """As Llama 2's, which takes a space away from the first token that it gets."""
+    whole = "".join(model.stream("ab", max_new_tokens=20, **SAMPLED))
+    decode = model.tokenizer.decode
+    monkeypatch.setattr(model.tokenizer, "decode", lambda tokens: decode(tokens)[1:])
+    assert "".join(model.stream("ab", max_new_tokens=20, **SAMPLED)) == whole
 
 
 def test_end_token_ends_the_text_and_is_not_in_it(path, tmp_path):

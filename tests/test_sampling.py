@@ -33,7 +33,13 @@ def test_every_setting_reaches_the_op():
     settings = {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "seed": 7}
     chosen = Sampling(**settings).choose(logits, step)
     assert torch.equal(chosen, ops.sample(logits, step, **settings))
-    for name, neutral in {"temperature": 0.0, "top_k": 1, "top_p": 1e-6, "seed": 8}.items():
+    for name, neutral in {
+        "temperature": 0.0,
+        "top_k": 1,
+        "top_p": 1e-6,
+        "min_p": 1.0,
+        "seed": 8,
+    }.items():
         other = Sampling(**(settings | {name: neutral})).choose(logits, step)
         assert not torch.equal(chosen, other), name
 
