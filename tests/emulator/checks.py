@@ -1,13 +1,12 @@
 """Small checks of the emulated kernels against the CPU references, for mutants to fail.
 
-``python -m emulator.checks LIBRARY CHECK...`` runs checks on an emulator library, each under
-several schedules. Exit status: 0 all hold, FAILED one does not, else the checks are broken.
+Each runs under several schedules, on one multiprocessor: blocks have more than one tile to do.
 """
 
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from emulator import runtime
 from fastshard import ops
 
-FAILED = 3
 SEEDS = ["", "1", "2", "3", "4", "5"]  # of FASTSHARD_EMULATOR_SEED
 Results = Tensor | tuple[Tensor, ...]
 
@@ -41,6 +39,7 @@ def check(sources: str):
     """Register the decorated function as a `Check`, by its name."""
 
     def register(prepare: Callable[[], Callable[[], Results]]):
+        assert prepare.__name__ not in CHECKS
         CHECKS[prepare.__name__] = Check(sources, prepare)
         return prepare
 
@@ -70,7 +69,7 @@ def act_and_mul():
 @check("sample/*.cu")
 def sample():
     """Lists of all warps, digits to select, draws to repeat; ties just above what can be listed."""
-    logits = torch.randn(12, 300, dtype=torch.float16)
+    logits = torch.full((12, 364), 99.0, dtype=torch.float16)[:, :300].normal_()
     ties = torch.cat((torch.zeros(4097), -torch.ones(400)))[torch.randperm(4497)][None]
     step = torch.tensor(3)
     return lambda: (
@@ -172,12 +171,8 @@ def run_check(name: str, kernels: dict[str, Callable]) -> str | None:
     return None
 
 
-def main(library: str, *names: str) -> int:
+def report(library: str, names: Sequence[str], to: Connection) -> None:
+    """Send what is wrong with each named check: the body of a process, which a mutant may crash."""
+    os.environ["FASTSHARD_EMULATOR_SMS"] = "1"
     kernels = runtime.load(Path(library))
-    problems = [problem for name in names if (problem := run_check(name, kernels))]
-    print("\n".join(problems))
-    return FAILED if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    to.send([problem for name in names if (problem := run_check(name, kernels))])

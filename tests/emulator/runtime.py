@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import tempfile
 import warnings
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from emulator.build import build
 
@@ -22,6 +24,11 @@ def op_names() -> list[str]:
     """Every op of the installed package, without its namespace."""
     names = torch._C._dispatch_get_all_op_names()
     return sorted(n.removeprefix("fastshard::") for n in names if n.startswith("fastshard::"))
+
+
+def without_guards(output: Tensor) -> Tensor:
+    """An output of an emulated kernel in a storage of its own, as the op promises."""
+    return output.clone() if output.storage_offset() else output
 
 
 def load(library: Path) -> dict[str, Callable]:
@@ -36,8 +43,22 @@ def load(library: Path) -> dict[str, Callable]:
         definitions.define(schema.removeprefix("fastshard::"))
     _definitions.append(definitions)
     torch.ops.load_library(str(library))
+    check_outputs = ctypes.CDLL(str(library)).fastshard_emulator_check_outputs
+    check_outputs.restype = ctypes.c_char_p
+
+    def checked(kernel: Callable) -> Callable:
+        def call(*args):
+            try:
+                result = kernel(*args)
+            finally:
+                if fault := check_outputs():
+                    raise RuntimeError(fault.decode())
+            return torch.utils._pytree.tree_map_only(torch.Tensor, without_guards, result)
+
+        return call
+
     return {
-        name: getattr(getattr(torch.ops, NAMESPACE), name).default
+        name: checked(getattr(getattr(torch.ops, NAMESPACE), name).default)
         for name in op_names()
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
     }
@@ -70,11 +91,11 @@ def emulated(
     calls: Counter[str] = Counter()
 
     def stand_in(name: str) -> Callable:
-        def call(*args, **kwargs):
+        def call(*args):
             calls[name] += 1
             if name not in kernels:
                 missing(name)
-            return kernels[name](*args, **kwargs)
+            return kernels[name](*args)
 
         return call
 

@@ -4,12 +4,14 @@
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -33,9 +35,8 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kStackStride = kStackBytes + 4096 + 320;
 constexpr uint64_t kStackMark = 0x5afe57ac4badc0deu;
 constexpr uint32_t kSharedWindow = 1024 + 128;  // address of the first byte; a multiple of 128 and of nothing more
-constexpr size_t kCanaryBytes = 1024;
 constexpr uint16_t kPoison = 0x7fff;  // NaN as fp16 and bf16; two of them are NaN as fp32
-constexpr uint16_t kCanary = 0x7ea5;  // the same, and a value that no copy of poison has
+constexpr uint16_t kGuard = 0x7ea5;   // no copy of poison
 constexpr int64_t kMaxIdleYields = 2'000'000;  // yields in a row in which no thread got anywhere
 
 struct Warp;
@@ -79,7 +80,7 @@ struct Block {
   const char* barrier;
   BarrierResult result;
   std::vector<Warp> warps;
-  std::unique_ptr<unsigned char[]> buffer;  // alignment, canary, shared memory, canary
+  std::unique_ptr<unsigned char[]> buffer;  // shared memory between guards
   unsigned char* shared;
 };
 
@@ -277,6 +278,69 @@ void fiber_main() {
   __builtin_unreachable();  // an exited lane is never ready
 }
 
+// ---- poison and guards
+
+void fill(unsigned char* memory, size_t bytes, uint16_t value) {
+  for (size_t i = 0; i + 1 < bytes; i += 2) std::memcpy(memory + i, &value, 2);
+  if (bytes % 2 != 0) memory[bytes - 1] = uint8_t(value);
+}
+
+void poison(unsigned char* begin, size_t bytes) {
+  fill(begin, bytes, kPoison);
+  fill(begin - kGuardBytes, kGuardBytes, kGuard);
+  fill(begin + bytes, kGuardBytes, kGuard);
+}
+
+// Null where both guards are as poison() left them, else where they are not.
+const char* guard_fault(const unsigned char* begin, size_t bytes) {
+  unsigned char guard[kGuardBytes];
+  fill(guard, kGuardBytes, kGuard);
+  if (std::memcmp(begin - kGuardBytes, guard, kGuardBytes) != 0) return "before the start";
+  if (std::memcmp(begin + bytes, guard, kGuardBytes) != 0) return "past the end";
+  return nullptr;
+}
+
+struct Output {
+  unsigned char* begin;
+  size_t bytes;
+  std::shared_ptr<void> owner;
+};
+std::vector<Output> outputs;
+
+// ---- signals
+
+// While it lives, what the operating system does not let a kernel do is an error of the launch.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    stack_t stack{};
+    stack.ss_sp = stack_.get();
+    stack.ss_size = kStackBytes;
+    sigaltstack(&stack, &old_stack_);
+    struct sigaction action {};
+    action.sa_sigaction = handle;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler does not return
+    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &old_actions_[i]);
+  }
+  ~FaultHandler() {
+    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &old_actions_[i], nullptr);
+    sigaltstack(&old_stack_, nullptr);
+  }
+
+ private:
+  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE};
+
+  static void handle(int signal, siginfo_t* info, void*) {
+    if (m.current == nullptr) std::abort();  // not in a kernel
+    if (signal == SIGFPE) fail("integer division by zero");
+    fail("illegal access to the address %p", info->si_addr);
+  }
+
+  std::unique_ptr<unsigned char[]> stack_{new unsigned char[kStackBytes]};
+  stack_t old_stack_;
+  struct sigaction old_actions_[std::size(kSignals)];
+};
+
 // ---- launch
 
 void prepare_block(Block& block, uint3 index, std::unique_ptr<Lane>* lanes) {
@@ -308,31 +372,18 @@ void prepare_block(Block& block, uint3 index, std::unique_ptr<Lane>* lanes) {
       prepare(lane.context, lane.stack, kStackBytes, fiber_main);
     }
   }
-  // Shared memory between two canaries, at an address that is a multiple of 128 and of nothing more.
-  const size_t bytes = size_t(m.shape.shared_bytes), padded = (bytes + 127) / 128 * 128;
-  if (!block.buffer) block.buffer.reset(new unsigned char[padded + 2 * kCanaryBytes + 256]);
-  const uintptr_t base = (reinterpret_cast<uintptr_t>(block.buffer.get()) + kCanaryBytes + 127) / 128 * 128;
+  // At an address that is a multiple of 128 and of nothing more.
+  const size_t bytes = size_t(m.shape.shared_bytes);
+  if (!block.buffer) block.buffer.reset(new unsigned char[bytes + 2 * kGuardBytes + 256]);
+  const uintptr_t base = (reinterpret_cast<uintptr_t>(block.buffer.get()) + kGuardBytes + 127) / 128 * 128;
   block.shared = reinterpret_cast<unsigned char*>(base % 256 == 0 ? base + 128 : base);
-  auto fill = [](unsigned char* from, const unsigned char* to, uint16_t value) {
-    for (; from + 1 < to; from += 2) std::memcpy(from, &value, 2);
-    if (from < to) *from = uint8_t(value);
-  };
-  fill(block.shared, block.shared + bytes, kPoison);
-  fill(block.shared - kCanaryBytes / 2, block.shared, kCanary);
-  fill(block.shared + bytes, block.shared + bytes + kCanaryBytes / 2, kCanary);
+  poison(block.shared, bytes);
 }
 
 void check_block(const Block& block) {
-  auto intact = [](const unsigned char* from) {
-    for (size_t i = 0; i < kCanaryBytes / 2; i += 2) {
-      uint16_t value;
-      std::memcpy(&value, from + i, 2);
-      if (value != kCanary) return false;
-    }
-    return true;
-  };
-  if (!intact(block.shared - kCanaryBytes / 2)) fail("a write before the start of the shared memory of a block");
-  if (!intact(block.shared + m.shape.shared_bytes)) fail("a write past the end of the shared memory of a block");
+  if (const char* fault = guard_fault(block.shared, size_t(m.shape.shared_bytes))) {
+    fail("a write %s of the shared memory of a block", fault);
+  }
 }
 
 void run_resident_blocks() {
@@ -416,6 +467,7 @@ void run(const LaunchShape& shape, void (*body)(const void*), const void* argume
   if (m.random && !shape.cooperative) {
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_below(uint32_t(i))]);
   }
+  const FaultHandler fault_handler;
   for (int64_t first = 0; first < num_blocks; first += resident) {
     for (int64_t b = 0; b < resident; ++b) {
       const int64_t i = order[size_t(first + b)];
@@ -505,7 +557,25 @@ void maybe_yield() {
   if (m.random && random_below(2) == 0) yield();
 }
 
-// ---- shared memory
+// ---- memory
+
+void guard_output(unsigned char* begin, size_t bytes, std::shared_ptr<void> owner) {
+  poison(begin, bytes);
+  outputs.push_back({begin, bytes, std::move(owner)});
+}
+
+const char* fastshard_emulator_check_outputs() {
+  static std::string message;
+  message.clear();
+  for (const Output& output : outputs) {
+    if (const char* fault = guard_fault(output.begin, output.bytes)) {
+      message = std::string("emulator: a write ") + fault + " of an output of " + std::to_string(output.bytes);
+      message += " bytes";
+    }
+  }
+  outputs.clear();
+  return message.empty() ? nullptr : message.c_str();
+}
 
 void* shared_storage(size_t bytes, size_t alignment) {
   if (bytes > size_t(m.shape.shared_bytes)) {
@@ -665,15 +735,19 @@ template void combine_mma<__nv_bfloat16>(void* const*, uint32_t);
 extern "C" {
 
 struct SourceLocation {
-  const char* file;
+  const char* path;
   uint32_t line, column;
+  const char* file() const {  // csrc/norm/row.cuh, wherever the checkout is
+    const char* inside = std::strstr(path, "/csrc/");
+    return inside == nullptr ? path : inside + 1;
+  }
 };
 
 void __ubsan_handle_type_mismatch_v1(const SourceLocation* where, uintptr_t pointer) {
-  fastshard::simt::fail("%s:%u: misaligned address %#zx", where->file, where->line, size_t(pointer));
+  fastshard::simt::fail("%s:%u: misaligned address %#zx", where->file(), where->line, size_t(pointer));
 }
 void __ubsan_handle_out_of_bounds(const SourceLocation* where, uintptr_t index) {
-  fastshard::simt::fail("%s:%u: index %lld out of bounds", where->file, where->line, static_cast<long long>(index));
+  fastshard::simt::fail("%s:%u: index %lld out of bounds", where->file(), where->line, static_cast<long long>(index));
 }
 
 // ---- the host API that csrc uses

@@ -346,6 +346,16 @@ def test_overflow_of_shared_memory_is_an_error(run, kind, index, message):
         run("overflow", kind, index)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(0, "illegal access to the address 0x10 in thread 0"), (1, "integer division by zero")],
+)
+def test_traps_are_errors(run, kind, message):
+    for _ in range(2):  # the next launch works
+        with pytest.raises(RuntimeError, match=message):
+            run("trap", kind)
+
+
 def test_launch_errors(run):
     with pytest.raises(RuntimeError, match="SharedStorage has 256 bytes, its launch 32"):
         run("wrong_storage")

@@ -6,14 +6,17 @@
 //   and releases them. So threads run in an order that no GPU guarantees, and a kernel that forgets a barrier reads
 //   what is not there yet. Blocks of an ordinary launch run one after another, those of a cooperative launch together.
 //   The folder of this file comes before csrc and the CUDA toolkit on the include path: it shadows cuda_runtime.h,
-//   common/launch.cuh and common/ptx.cuh and nothing else; kernels and torch boundary are the product's.
+//   common/launch.cuh, common/ptx.cuh and torch's new_empty; kernels and torch boundary are the product's.
 //
 // What it checks
-//   Shared memory is poisoned before each block (NaN in fp16, bf16 and fp32), guarded by canaries on both sides, and
-//   every address that ldmatrix or cp.async takes must be aligned and inside. cp.async lands only when the thread waits
-//   for its group. Indices of arrays with a known size and the alignment of pointers are checked (-fsanitize). Threads
-//   that wait for each other, lanes of a warp at different collectives, an exited lane that mma or ldmatrix needs, and
-//   a thread that misses grid_sync are errors. Errors are std::runtime_error, hence RuntimeError in Python.
+//   - Shared memory is poisoned before each block (NaN as fp16, bf16 and fp32) and lies between guards; so is, and so
+//     does, what the torch boundary allocates. Registers that nobody wrote are poisoned too.
+//   - cp.async lands only when the thread waits for its group.
+//   - Addresses that ldmatrix and cp.async take are aligned and inside; so are other pointers (aligned) and indices of
+//     arrays (inside), as far as the compiler knows of them.
+//   - Errors are: threads that wait for each other or spin for ever, lanes of a warp at different collectives, an
+//     exited lane that mma or ldmatrix needs, a thread that misses grid_sync, an access that the system refuses.
+//     They end the launch as std::runtime_error, hence as RuntimeError in Python.
 //
 // What it does not say
 //   Anything about speed. And races are sampled: one schedule is one sample. By default warps run in ascending order;
@@ -21,12 +24,13 @@
 //   each cp.async lands either at its wait or at once.
 //
 // Environment, read at every launch
-//   FASTSHARD_EMULATOR_SMS   multiprocessors of the emulated device, default 4
-//   FASTSHARD_EMULATOR_SEED  schedule; unset or empty: ascending order
+//   FASTSHARD_EMULATOR_SMS          multiprocessors of the emulated device, default 4
+//   FASTSHARD_EMULATOR_SEED         schedule; unset or empty: ascending order
 //   FASTSHARD_EMULATOR_COOPERATIVE  0: the emulated device takes no cooperative launch
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 
 #include <vector_functions.h>
@@ -80,6 +84,11 @@ void maybe_yield();
 void* shared_storage(size_t bytes, size_t alignment);
 uint32_t shared_address(const void* pointer);
 unsigned char* shared_pointer(uint32_t address, uint32_t bytes, const char* instruction);
+
+// Poison `bytes` of an output and the kGuardBytes on either side; check_outputs() looks at those, and lets owners go.
+constexpr int kGuardBytes = 4096;
+void guard_output(unsigned char* begin, size_t bytes, std::shared_ptr<void> owner);
+extern "C" __attribute__((visibility("default"))) const char* fastshard_emulator_check_outputs();  // null: all is well
 
 // global null: zeros.
 void copy_async(unsigned char* shared, const void* global, uint32_t bytes);

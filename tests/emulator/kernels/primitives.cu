@@ -233,6 +233,11 @@ __global__ void overflow_kernel(int kind, int index) {
   if (kind == 2) store_vec(first + index, Vec<float>{});
 }
 
+__global__ void trap_kernel(int kind, int* nowhere, int zero) {
+  if (kind == 0) *nowhere = 1;
+  if (kind == 1) [[maybe_unused]] volatile int quotient = 7 / zero;
+}
+
 __global__ void wrong_storage_kernel() {
   FS_SHARED_STORAGE(Large, smem);
   smem.elems[0] = 0.f;
@@ -310,6 +315,7 @@ EXPORT ascending_race(int* out) { return attempt<Tile>(false, ascending_race_ker
 EXPORT divergence(int kind) { return attempt<void>(false, divergence_kernel, 1, 64, kind); }
 EXPORT livelock(int* flag) { return attempt<void>(false, livelock_kernel, 1, 1, flag); }
 EXPORT overflow(int kind, int index) { return attempt<Small>(false, overflow_kernel, 1, 1, kind, index); }
+EXPORT trap(int kind) { return attempt<void>(false, trap_kernel, 1, 64, kind, reinterpret_cast<int*>(16), 0); }
 EXPORT wrong_storage() { return attempt<Small>(false, wrong_storage_kernel, 1, 1); }
 EXPORT arithmetic(int* i, unsigned* u, float* f) { return attempt<void>(false, arithmetic_kernel, 1, 1, i, u, f); }
 EXPORT empty_grid() { return attempt<void>(false, indices_kernel, dim3(0), 32, nullptr); }
