@@ -339,13 +339,17 @@ def test_layer_norm_of_nothing_is_bias(s_q, device):
     assert torch.equal(out, bias.expand_as(out))
 
 
-def test_float32_on_cpu(monkeypatch):
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_float32_on_cpu(has_mask, monkeypatch):
     """Exact to float32's own rounding, however the queries are cut into blocks."""
     torch.manual_seed(0)
     q, k, v = make_qkv("cpu", torch.float32, b=2, s_q=37, s_kv=50, num_kv_heads=2, group=3)
-    rules = {"causal": True, "kv_lengths": torch.tensor([50, 30])}
-    golden = full_matrix(q.double(), k.double(), v.double(), visible_keys(2, 37, 50, **rules))
-    for limit in (1 << 22, 2 * 12 * 50 * 5):  # at once, and five queries at a time
+    rules = {"kv_lengths": torch.tensor([50, 30]), "causal": not has_mask}
+    if has_mask:
+        rules["mask"] = make_mask(2, 37, 50, torch.float32, "cpu")
+    visible = visible_keys(2, 37, 50, **rules)
+    golden = full_matrix(q.double(), k.double(), v.double(), visible, mask=rules.get("mask"))
+    for limit in (1 << 22, 2 * 12 * 50 * 5):  # at once, and ten queries at a time
         # by module name: the package's attribute of that name is the function
         monkeypatch.setattr(sys.modules["fastshard.ops.attention"], "REFERENCE_SCORES", limit)
         # 1e-5: scores up to 10 in magnitude carry 1e-6, the exponential passes that on.
