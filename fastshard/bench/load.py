@@ -129,7 +129,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), max(1, round((args.gib - 0.49) / 0.406)))
-        command = [sys.executable, "-m", "fastshard.bench.load", "--measure", folder]
+        command = [sys.executable, __file__, "--measure", folder]  # -m would prefer a checkout
         command += ["--device", args.device, "--shard", args.shard]
         if args.json:
             command += ["--json", str(args.json)]
