@@ -11,13 +11,10 @@ import torch
 import fastshard
 from fastshard.checkpoint import Checkpoint, even_split
 from fastshard.loading import demo_model, load_chain
-from helpers import assert_as_accurate
+from helpers import CUDA_ONLY, assert_as_accurate
 
 NUM_LAYERS = 5
 MAX_LOSS = 3.0
-ON_CUDA = pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
-)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +103,7 @@ def test_a_cold_start_imports_no_compiler():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@ON_CUDA
+@CUDA_ONLY
 def test_logits_on_a_gpu_are_as_accurate_as_transformers(device):
     from transformers import AutoModelForCausalLM
 
@@ -123,7 +120,7 @@ def test_logits_on_a_gpu_are_as_accurate_as_transformers(device):
     assert_as_accurate(loaded.generate(tokens.to(device))[1].cpu(), expected, eager)
 
 
-@ON_CUDA
+@CUDA_ONLY
 def test_shards_on_a_gpu_stream_the_same_text(device):
     chains = [
         load_chain(Checkpoint(demo_model()), even_split(NUM_LAYERS, count), device=device)

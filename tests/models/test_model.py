@@ -8,6 +8,7 @@ from torch import Tensor
 
 import decoder_reference as reference
 from fastshard import ModelConfig, Shard, ShardedGeneralModel
+from helpers import CUDA_ONLY
 
 CONFIG = {
     "vocab_size": 96,
@@ -313,12 +314,7 @@ def test_an_out_of_range_write_surfaces_when_asked(state, tokens):
     model.model.raise_on_overflow()
 
 
-ON_CUDA = pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
-)
-
-
-@ON_CUDA
+@CUDA_ONLY
 def test_decode_steps_replay_in_a_cuda_graph(device, tokens):
     torch.manual_seed(0)
     shard = Shard("llama", 0, 2, 3)
@@ -355,7 +351,7 @@ def test_decode_steps_replay_in_a_cuda_graph(device, tokens):
     model.model.raise_on_overflow()
 
 
-@ON_CUDA
+@CUDA_ONLY
 def test_an_out_of_range_position_on_cuda_raises_when_asked(device, tokens):
     shard = Shard("llama", 0, 2, 3)
     model = ShardedGeneralModel(

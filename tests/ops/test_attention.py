@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from fastshard import ops
-from helpers import assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
+from helpers import CUDA_ONLY, assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
 
 DTYPES = [torch.float16, torch.bfloat16]
 NAN = float("nan")
 large = pytest.mark.large
-CUDA_ONLY = pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
-)
 
 
 def visible_keys(

@@ -6,25 +6,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastshard import ops
-from helpers import assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
+from helpers import (
+    CUDA_ONLY,
+    EMULATOR_ONLY,
+    KERNELS_ONLY,
+    assert_as_accurate,
+    assert_replays_in_a_graph,
+    cuda_kernel_names,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_DTYPES = [torch.float16, torch.bfloat16]
 NAN = float("nan")
-EMULATOR_ONLY = pytest.mark.parametrize(
-    "device", [pytest.param("emulator", marks=pytest.mark.emulator)], indirect=True
-)
-KERNELS_ONLY = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("emulator", marks=pytest.mark.emulator),
-        pytest.param("cuda", marks=pytest.mark.cuda),
-    ],
-    indirect=True,
-)
-CUDA_ONLY = pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
-)
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
