@@ -37,7 +37,7 @@ FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
 KERNEL_FLAGS = [
-    "-fsanitize=alignment,bounds-strict",  # simt.cpp has the handlers
+    "-fsanitize=alignment,bounds-strict",  # host_api.cpp has the handlers
     "-ftrivial-auto-var-init=pattern",  # registers that nobody wrote hold NaN as fp16, else -1e38
 ]
 
@@ -189,7 +189,7 @@ def build_library(
     flags = [*FLAGS, *machine_flags(), *flags]
 
     def compile_one(source: Path) -> Path:
-        if source.name == "simt.cpp":
+        if source.parent == HERE:
             extra = ["-O3"]
         else:
             extra = KERNEL_FLAGS if source.suffix == ".cu" else torch_compile
@@ -198,7 +198,7 @@ def build_library(
 
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compile_one, [HERE / "simt.cpp", *sources]))
+        objects = list(pool.map(compile_one, [*sorted(HERE.glob("*.cpp")), *sources]))
     # -Bsymbolic: our stand-ins of CUDA's host functions, whatever else is loaded
     command = [compiler(), "-shared", "-Wl,-Bsymbolic", *map(str, objects), *torch_link, "-o"]
     run_atomically(command, output)
