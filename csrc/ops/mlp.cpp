@@ -1,6 +1,8 @@
 // torch boundary of csrc/mlp: few rows go to the one-launch kernel, others to torch's matmul and the activation kernel.
 #include "mlp/fused_mlp.h"
 
+#include <algorithm>
+
 #include "ops/activation.h"
 #include "ops/check.h"
 #include "ops/matmul.h"
@@ -9,13 +11,39 @@
 namespace fastshard {
 namespace {
 
-// The same by torch's matmul: any number of rows, any dtype and any weights.
-Tensor library_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight,
-                    Activation activation, const std::optional<Tensor>& residual) {
+// The same by torch's matmul: any dtype and any weights.
+Tensor library_rows(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight, Activation activation,
+                    const std::optional<Tensor>& residual) {
   const Tensor hidden = run_act_and_mul(library_linear(x, gate_up_weight, std::nullopt), activation,
                                         /*interleaved=*/true);
   const Tensor out = library_linear(hidden, down_weight, std::nullopt);
-  return torch::stable::contiguous(residual ? library_add(out, *residual) : out);
+  return residual ? library_add(out, *residual) : out;
+}
+
+// So many rows at a time, so that gate, up and hidden do not grow with a long prompt.
+constexpr int64_t kLibraryTokens = 4096;
+
+Tensor library_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight, Activation activation,
+                    const std::optional<Tensor>& residual) {
+  const int64_t hidden_size = x.size(x.dim() - 1), num_tokens = x.numel() / hidden_size;
+  if (num_tokens <= kLibraryTokens) {
+    return torch::stable::contiguous(library_rows(x, gate_up_weight, down_weight, activation, residual));
+  }
+  const Tensor rows = torch::stable::reshape(x, {num_tokens, hidden_size});
+  std::optional<Tensor> residual_rows;
+  if (residual) residual_rows = torch::stable::reshape(*residual, {num_tokens, hidden_size});
+  Tensor out = torch::stable::new_empty(x, {num_tokens, hidden_size});
+  for (int64_t begin = 0; begin < num_tokens; begin += kLibraryTokens) {
+    const auto part = [&](const Tensor& whole) {
+      Tensor view = whole;  // narrow takes a reference that it may change
+      return torch::stable::narrow(view, 0, begin, std::min(kLibraryTokens, num_tokens - begin));
+    };
+    std::optional<Tensor> residual_part;
+    if (residual) residual_part = part(*residual_rows);
+    Tensor to = part(out);
+    torch::stable::copy_(to, library_rows(part(rows), gate_up_weight, down_weight, activation, residual_part));
+  }
+  return torch::stable::reshape(out, shape_of(x));
 }
 
 }  // namespace

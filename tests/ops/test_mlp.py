@@ -77,6 +77,15 @@ def test_rows(num_tokens, dtype, device):
     check(make(num_tokens, 72, 88, dtype, device))
 
 
+# The library path takes 4096 rows at a time.
+@pytest.mark.parametrize("num_tokens", [4096, 4097, 8200])
+def test_many_rows(num_tokens, device):
+    a = make(num_tokens, 16, 24, torch.bfloat16, device)
+    check(a)
+    check(a | {"residual": None})
+    check(a | {name: a[name].unflatten(0, (1, -1)) for name in ("x", "residual")})
+
+
 # Up to 8 rows, a tile is 16 rows of a weight (8 of hidden) by 1024 columns a round; else 32 by 512.
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 16])
