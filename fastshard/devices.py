@@ -70,6 +70,15 @@ def default_dtype(config: dict, device: torch.device) -> torch.dtype:
     return torch.float16 if name == "float16" else torch.bfloat16
 
 
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise TypeError where a model does not run in ``dtype`` on ``device``."""
+    allowed = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    if device.type == "cpu":
+        allowed["float32"] = torch.float32
+    if dtype not in allowed.values():
+        raise TypeError(f"dtype must be {' or '.join(allowed)} on {device.type}, got {dtype}")
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that a model could take: free on a GPU, available without swapping on a CPU."""
     if device.type == "cuda":

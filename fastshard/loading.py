@@ -13,7 +13,13 @@ from fastshard.checkpoint import (
     check_fit,
     load_weights,
 )
-from fastshard.devices import available_bytes, check_device, default_device, default_dtype
+from fastshard.devices import (
+    available_bytes,
+    check_device,
+    check_dtype,
+    default_device,
+    default_dtype,
+)
 from fastshard.generate import ShardChain, TextGenerator, TextStream
 from fastshard.models import Shard, ShardedGeneralModel
 
@@ -61,6 +67,7 @@ def load(
         FileNotFoundError: there is no such source.
         CheckpointError: (a ``ValueError``) its files are missing or wrong; says file and tensor.
         ValueError: the shard is not of this model.
+        TypeError: the dtype is none that the device runs: a GPU runs float16 and bfloat16.
         RuntimeError: the device is not there, or the shard does not fit on it.
     """
     checkpoint = Checkpoint(demo_model() if source is None else source)
@@ -127,6 +134,7 @@ def _load(
     device = default_device() if device is None else torch.device(device)
     check_device(device)
     dtype = dtype or default_dtype(checkpoint.raw_config, device)
+    check_dtype(dtype, device)
     check_fit(config, shards, device, dtype, max_generated_tokens, available_bytes(device))
 
     models = [

@@ -98,3 +98,26 @@ def test_available_memory_of_this_machine():
 def test_free_memory_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 24 * GIB))
     assert devices.available_bytes(torch.device("cuda")) == 3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "allowed"),
+    [
+        (torch.float32, "cuda", "float16 or bfloat16 on cuda, got torch.float32"),
+        (torch.float64, "cpu", "float16 or bfloat16 or float32 on cpu, got torch.float64"),
+        (torch.float32, "cpu", None),
+        (torch.bfloat16, "cuda", None),
+    ],
+    ids=str,
+)
+def test_a_dtype_that_does_not_run_raises(dtype, device, allowed):
+    if allowed is None:
+        devices.check_dtype(dtype, torch.device(device))
+        return
+    with pytest.raises(TypeError, match=f"dtype must be {allowed}"):
+        devices.check_dtype(dtype, torch.device(device))
+
+
+def test_load_checks_the_dtype():
+    with pytest.raises(TypeError, match=r"got torch\.float64"):
+        fastshard.load(device="cpu", dtype=torch.float64)
