@@ -7,6 +7,7 @@ Only the generated text goes to stdout; progress, figures and errors go to stder
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -29,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         return args.run(args)
-    except BrokenPipeError:  # the reader of stdout has had enough
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of stdout has had enough; Python flushes it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130

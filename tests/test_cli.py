@@ -1,6 +1,7 @@
 """The command line: what goes to stdout and stderr, exit statuses, and one-line errors."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -257,9 +258,11 @@ def test_python_m_fastshard(tmp_path):
 def test_a_reader_that_leaves_is_no_traceback(tmp_path, path):
     """Its end of the pipe is closed before the first piece of text."""
     command = [sys.executable, "-m", "fastshard", "generate", "--model", str(path)]
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
         [*command, "--device", "cpu", "ab"],
         cwd=tmp_path,
+        env=buffered,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
