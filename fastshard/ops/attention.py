@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastshard.ops._checks import check_floating
 from fastshard.ops._library import COSTS, Cost, cost, define
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 REFERENCE_SCORES = 1 << 22
 """Scores that the CPU reference holds at a time: it walks over blocks of queries."""
@@ -172,8 +172,7 @@ def _check_vector(name: str, vector: Tensor, size: int, q: Tensor) -> None:
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> None:
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
+    check_floating("q", q)
     if q.is_cuda and q.dtype == torch.float32:
         raise TypeError("q must be float16 or bfloat16 on CUDA, got torch.float32")
     if q.dim() != 4:
