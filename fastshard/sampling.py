@@ -38,8 +38,8 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit into 64 bits, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
 
     def choose(self, logits: Tensor, step: Tensor) -> Tensor:
         """Next tokens ``[b]`` of ``logits`` ``[b, vocab_size]``; ``step`` is int64 [] there."""

@@ -19,7 +19,8 @@ from fastshard.sampling import Sampling
         ({"top_p": float("nan")}, r"top_p must be in \(0, 1\], got nan"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
         ({"min_p": float("nan")}, r"min_p must be in \[0, 1\], got nan"),
-        ({"seed": 2**63}, f"seed must fit into 64 bits, got {2**63}"),
+        ({"seed": 2**63}, rf"seed must be in \[0, 2\*\*63\), got {2**63}"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
     ],
 )
 def test_settings_out_of_range_raise(settings, message):
