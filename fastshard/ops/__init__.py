@@ -3,6 +3,13 @@
 from fastshard.ops._library import COSTS, Cost, load_kernels
 from fastshard.ops.activation import act_and_mul, silu_and_mul
 from fastshard.ops.attention import attention, attention_layer_norm, cached_attention
+from fastshard.ops.decode import (
+    DecodeWeights,
+    decode_step,
+    decode_step_refusal,
+    decode_workspace_size,
+    new_decode_workspace,
+)
 from fastshard.ops.linear import linear
 from fastshard.ops.mlp import fused_mlp
 from fastshard.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -16,6 +23,7 @@ __all__ = [
     "COSTS",
     "HAS_KERNELS",
     "Cost",
+    "DecodeWeights",
     "act_and_mul",
     "add_layer_norm",
     "add_rms_norm",
@@ -23,9 +31,13 @@ __all__ = [
     "attention",
     "attention_layer_norm",
     "cached_attention",
+    "decode_step",
+    "decode_step_refusal",
+    "decode_workspace_size",
     "fused_mlp",
     "layer_norm",
     "linear",
+    "new_decode_workspace",
     "rms_norm",
     "rope_append",
     "sample",

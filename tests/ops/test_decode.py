@@ -1,0 +1,645 @@
+"""decode_step: a whole shard's step against float64, its caches, its flag and its errors."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastshard import ops
+from helpers import (
+    CPU_ONLY,
+    CUDA_ONLY,
+    assert_as_accurate,
+    assert_replays_in_a_graph,
+    cuda_kernel_names,
+)
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+HAS_KERNEL = (Path(__file__).parents[2] / "csrc" / "ops" / "decode.cpp").exists()
+EPS = 0.01  # large: a norm that drops it must fail
+LISTS = (
+    *("sa_norm", "qkv_weight", "output_weight", "mlp_norm", "gate_up_weight", "down_weight"),
+    *("qkv_bias", "output_bias", "q_norm", "k_norm"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_kernel(request):
+    """Runs before ``device``, which would build the emulator."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("device") in ("emulator", "cuda") and not HAS_KERNEL:
+        pytest.skip("csrc has no kernel of decode_step yet")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a shard and a batch. ``slots`` has an entry a row; ``windows`` an entry a layer."""
+
+    slots: tuple[int, ...] = (9, 4)
+    first_key: tuple[int, ...] | None = None
+    windows: tuple[int, ...] = (0, 0)
+    part: str = "whole"
+    hidden_size: int = 72
+    intermediate_size: int = 152
+    vocab_size: int = 83
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    rotary_dim: int = 0  # 0: head_dim
+    max_seq_len: int = 12
+    is_tied: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    weight_in_fp32: bool = True
+    rope_interleaved: bool = False
+    activation: str = "silu"
+
+
+def make(case: Case, dtype: torch.dtype, device: torch.device) -> dict:
+    """Arguments of ``ops.decode_step``. Cache slots that the step must not read hold NaN."""
+    b, hidden, d = len(case.slots), case.hidden_size, case.head_dim
+    q_rows = case.num_heads * d
+    qkv_rows = q_rows + 2 * case.num_kv_heads * d
+    is_first, is_last = case.part in ("whole", "first"), case.part in ("whole", "last")
+    layers = range(len(case.windows))
+
+    def matrix(rows, columns):
+        return (torch.randn(rows, columns) * columns**-0.5).to(device, dtype)
+
+    def scale(size):
+        return (1 + 0.3 * torch.randn(size)).to(device, dtype)
+
+    def each(make_one, present=True):
+        return [make_one() for _ in layers] if present else []
+
+    embedding = (torch.randn(case.vocab_size, hidden)).to(device, dtype) if is_first else None
+    head = None
+    if is_last:
+        head = embedding if case.is_tied else matrix(case.vocab_size, hidden)
+    weights = ops.DecodeWeights(
+        sa_norm=each(lambda: scale(hidden)),
+        qkv_weight=each(lambda: matrix(qkv_rows, hidden)),
+        output_weight=each(lambda: matrix(hidden, q_rows)),
+        mlp_norm=each(lambda: scale(hidden)),
+        gate_up_weight=each(lambda: matrix(2 * case.intermediate_size, hidden)),
+        down_weight=each(lambda: matrix(hidden, case.intermediate_size)),
+        qkv_bias=each(lambda: scale(qkv_rows) - 1, case.qkv_bias),
+        output_bias=each(lambda: scale(hidden) - 1, case.output_bias),
+        q_norm=each(lambda: scale(d), case.qk_norm),
+        k_norm=each(lambda: scale(d), case.qk_norm),
+        embedding=embedding,
+        norm=scale(hidden) if is_last else None,
+        head=head,
+    )
+    first_key = case.first_key or (0,) * b
+
+    def cache():
+        values = torch.full((b + 1, case.num_kv_heads, case.max_seq_len, d), math.nan)
+        for row, (start, slot) in enumerate(zip(first_key, case.slots, strict=True)):
+            if 0 <= slot < case.max_seq_len:
+                values[row, :, start:slot] = torch.randn(case.num_kv_heads, slot - start, d)
+        return values.to(device, dtype)
+
+    slots = torch.tensor(case.slots, device=device)
+    out = (b, case.vocab_size if is_last else hidden)
+    return {
+        "x": torch.randint(case.vocab_size, (b,)).to(device) if is_first else matrix(b, hidden) * 8,
+        "weights": weights,
+        "k_cache": each(cache),
+        "v_cache": each(cache),
+        "rope_table": rope_table(case.rotary_dim or d, 40).to(device),
+        "positions": (slots * 3 + 1) % 40,  # need not follow the slots
+        "slots": slots,
+        "first_key": None if case.first_key is None else torch.tensor(first_key, device=device),
+        "overflow": torch.zeros(1, dtype=torch.int32, device=device),
+        "workspace": ops.new_decode_workspace(weights, b, num_heads=case.num_heads),
+        "out": torch.full(out, math.nan, device=device, dtype=torch.float32 if is_last else dtype),
+        "num_heads": case.num_heads,
+        "norm_eps": EPS,
+        "weight_in_fp32": case.weight_in_fp32,
+        "rope_interleaved": case.rope_interleaved,
+        "activation": case.activation,
+        "windows": list(case.windows),
+    }
+
+
+def rope_table(rotary_dim: int, max_positions: int) -> Tensor:
+    """As a model makes it, with a base so small that every pair turns visibly."""
+    inverse = 20.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * inverse
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def cast(given: dict, dtype: torch.dtype, device: torch.device | str | None = None) -> dict:
+    """A copy with every floating-point tensor in ``dtype``, the RoPE table too."""
+
+    def convert(value):
+        if isinstance(value, Tensor):
+            value = value.to(device or value.device, copy=True)
+            return value.to(dtype) if value.is_floating_point() else value
+        return [convert(v) for v in value] if isinstance(value, list) else value
+
+    fields = dataclasses.asdict(given["weights"], dict_factory=dict)
+    weights = ops.DecodeWeights(**{name: convert(value) for name, value in fields.items()})
+    return {name: convert(value) for name, value in given.items()} | {"weights": weights}
+
+
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * scale
+
+
+def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    """x [n, d] by table [rotary_dim // 2, 2]."""
+    cos, sin = table.unbind(-1)
+    half, out = len(cos), x.clone()
+    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    out[:, first] = x[:, first] * cos - x[:, second] * sin
+    out[:, second] = x[:, second] * cos + x[:, first] * sin
+    return out
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: x.clamp(min=0),
+}
+
+
+def plain(given: dict) -> Tensor:
+    """The step in plain PyTorch, row by row, in the dtype of the weights; writes the caches."""
+    w, rows = given["weights"], []
+    num_heads = given["num_heads"]
+    for row, slot in enumerate(given["slots"].tolist()):
+        x = given["x"][row] if w.embedding is None else w.embedding[given["x"][row]]
+        start = 0 if given["first_key"] is None else given["first_key"][row].item()
+        table = given["rope_table"][given["positions"][row]]
+        for i in range(len(w.sa_norm)):
+            k_cache, v_cache = given["k_cache"][i][row], given["v_cache"][i][row]  # [h_kv, S, d]
+            num_kv_heads, _, d = k_cache.shape
+            qkv = w.qkv_weight[i] @ rms_norm(x, w.sa_norm[i])
+            if w.qkv_bias:
+                qkv = qkv + w.qkv_bias[i]
+            q, k, v = qkv.view(-1, d).split((num_heads, num_kv_heads, num_kv_heads))
+            if w.q_norm:
+                q, k = rms_norm(q, w.q_norm[i]), rms_norm(k, w.k_norm[i])
+            q, k = (rotate(t, table, given["rope_interleaved"]) for t in (q, k))
+            k_cache[:, slot], v_cache[:, slot] = k, v
+            window = given["windows"][i]
+            first = max(start, slot + 1 - window) if window else start
+            keys, values = k_cache[:, first : slot + 1], v_cache[:, first : slot + 1]
+            q = q.view(num_kv_heads, -1, d)
+            heads = ((q @ keys.mT) / math.sqrt(d)).softmax(-1) @ values
+            attended = w.output_weight[i] @ heads.reshape(-1)
+            x = x + (attended + w.output_bias[i] if w.output_bias else attended)
+            gate, up = (w.gate_up_weight[i] @ rms_norm(x, w.mlp_norm[i])).view(-1, 2).unbind(-1)
+            x = x + w.down_weight[i] @ (ACTIVATIONS[given["activation"]](gate) * up)
+        rows.append(x if w.head is None else w.head @ rms_norm(x, w.norm))
+    return torch.stack(rows)
+
+
+def check(given: dict) -> None:
+    """Run the step and hold its output and what it wrote to the error rule."""
+    golden_given, naive_given = (
+        cast(given, torch.float64),
+        given | {name: [cache.clone() for cache in given[name]] for name in ("k_cache", "v_cache")},
+    )
+    naive_given["rope_table"] = given["rope_table"].to(given["weights"].sa_norm[0].dtype)
+    golden, naive = plain(golden_given), plain(naive_given)
+    ops.decode_step(**given)
+    out = given["out"]
+    assert_as_accurate(out, golden, naive.to(out.dtype))
+    row = torch.arange(len(out), device=out.device)
+    for name in ("k_cache", "v_cache"):
+        for actual, expected, by_torch in zip(
+            given[name], golden_given[name], naive_given[name], strict=True
+        ):
+            written = [cache[row, :, given["slots"]] for cache in (actual, expected, by_torch)]
+            assert_as_accurate(*written)
+    assert given["overflow"].item() == 0
+
+
+CASES = {
+    "plain": Case(),
+    "one-token": Case(slots=(0,)),
+    "full-cache": Case(slots=(11, 0, 11)),
+    "interleaved": Case(rope_interleaved=True),
+    "weight-in-dtype": Case(weight_in_fp32=False),
+    "qkv-bias": Case(qkv_bias=True),
+    "all-biases": Case(qkv_bias=True, output_bias=True),
+    "qk-norm": Case(qk_norm=True, head_dim=128, num_heads=2, num_kv_heads=1),
+    "qk-norm-bias-interleaved": Case(qk_norm=True, qkv_bias=True, rope_interleaved=True),
+    "tied": Case(is_tied=True),
+    "first": Case(part="first"),
+    "middle": Case(part="middle"),
+    "last": Case(part="last"),
+    "single-layer": Case(windows=(0,)),
+    "single-middle-layer": Case(part="middle", windows=(0,)),
+    "head-dim-96": Case(head_dim=96, num_heads=2, num_kv_heads=1),
+    "head-dim-128": Case(head_dim=128, num_heads=2, num_kv_heads=2),
+    "head-dim-16": Case(head_dim=16, num_heads=6, num_kv_heads=2),
+    "head-dim-256": Case(head_dim=256, num_heads=1, num_kv_heads=1),
+    "part-of-a-head-rotates": Case(rotary_dim=40, rope_interleaved=True),
+    "group-1": Case(num_heads=3, num_kv_heads=3, head_dim=32),
+    "group-7": Case(num_heads=7, num_kv_heads=1, head_dim=32),
+    "group-16": Case(num_heads=16, num_kv_heads=1, head_dim=32),
+    "windows": Case(slots=(9, 4, 0), windows=(3, 0, 20)),
+    "first-key": Case(slots=(9, 4, 7), first_key=(5, 0, 7)),
+    "first-key-and-window": Case(slots=(9, 9, 9), first_key=(5, 0, 8), windows=(3, 2)),
+    "sizes-8": Case(hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1, head_dim=8),
+    "sizes-odd": Case(hidden_size=216, intermediate_size=296, vocab_size=131),
+    "gelu": Case(activation="gelu"),
+    "gelu-tanh": Case(activation="gelu_tanh"),
+    "relu": Case(activation="relu"),
+}
+EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@HALVES
+@EVERY_CASE
+def test_matches_float64(case, dtype, device):
+    check(make(case, dtype, device))
+
+
+@CPU_ONLY
+@EVERY_CASE
+def test_matches_float64_in_float32(case, device):
+    check(make(case, torch.float32, device))
+
+
+@HALVES
+@pytest.mark.parametrize("batch", range(1, 9))
+def test_every_batch(batch, dtype, device):
+    slots = (0, 11, 3, 7, 1, 10, 5, 8)[:batch]
+    check(make(Case(slots=slots, head_dim=32), dtype, device))
+
+
+@HALVES
+@pytest.mark.parametrize("slot", [63, 64, 200, pytest.param(5000, marks=pytest.mark.large)])
+def test_long_contexts(slot, dtype, device):
+    """Rows of very different lengths in one batch; 1 layer, so that the attention's error shows."""
+    case = Case(slots=(slot, 0, slot // 2), windows=(0,), max_seq_len=slot + 3, part="middle")
+    check(make(case, dtype, device))
+
+
+@HALVES
+@pytest.mark.large
+def test_sizes_of_a_real_layer(dtype, device):
+    """Qwen2.5 0.5B: nothing is a power of two."""
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "vocab_size": 3001}
+    case = Case(num_heads=14, num_kv_heads=2, qkv_bias=True, is_tied=True, **sizes)
+    check(make(case, dtype, device))
+
+
+def test_steps_share_a_workspace(device):
+    """Step after step, as a text is made: the workspace serves the next launch as it was left."""
+    given = make(Case(slots=(1, 3, 2)), torch.float16, device)
+    for token in range(6):
+        given["x"] = (given["x"] * 7 + token) % 83
+        check(given)
+        given["slots"] += 1
+        given["positions"] += 1
+
+
+@pytest.mark.parametrize("part", ["whole", "middle"])
+def test_a_batch_of_fewer_rows_than_the_workspace_was_made_for(part, device):
+    given = make(Case(slots=(5,), part=part), torch.float16, device)
+    given["workspace"] = ops.new_decode_workspace(given["weights"], 8, num_heads=4)
+    check(given)
+
+
+def test_writes_one_slot_a_row_and_no_other(device):
+    given = make(Case(slots=(9, 0), first_key=(2, 0)), torch.float16, device)
+    expected = {name: [cache.clone() for cache in given[name]] for name in ("k_cache", "v_cache")}
+    inputs = cast({name: given[name] for name in ("x", "weights", "positions", "slots")},
+                  torch.float16)  # fmt: skip
+    ops.decode_step(**given)
+    for name, caches in expected.items():
+        for cache, actual in zip(caches, given[name], strict=True):
+            for row, slot in enumerate((9, 0)):
+                assert actual[row, :, slot].isfinite().all()
+                cache[row, :, slot] = actual[row, :, slot]
+            torch.testing.assert_close(actual, cache, rtol=0, atol=0, equal_nan=True)
+    for name in ("x", "positions", "slots"):
+        assert torch.equal(given[name], inputs[name])
+    for name in LISTS:
+        pairs = zip(getattr(given["weights"], name), getattr(inputs["weights"], name), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("wrong", [-1, 12, 2**40, -(2**40)])
+@pytest.mark.parametrize("which", ["slots", "positions"])
+@pytest.mark.parametrize("part", ["whole", "middle"])
+def test_a_row_out_of_range_is_suppressed(part, which, wrong, device):
+    given = make(Case(slots=(9, 4, 7), part=part), torch.float16, device)
+    given["rope_table"] = given["rope_table"][:12].contiguous()
+    given["positions"] = given["slots"].clone()
+    before = {name: [cache.clone() for cache in given[name]] for name in ("k_cache", "v_cache")}
+    golden_given = cast(given, torch.float64)
+    golden, naive = plain(golden_given), plain(cast(given, torch.float16))
+    given[which][1] = wrong
+    ops.decode_step(**given)
+    assert given["overflow"].item() == 1
+    for row in (0, 2):
+        assert_as_accurate(given["out"][row], golden[row], naive[row].to(given["out"].dtype))
+    for name, caches in before.items():
+        for i, cache in enumerate(caches):
+            torch.testing.assert_close(given[name][i][1], cache[1], rtol=0, atol=0, equal_nan=True)
+            for row, slot in ((0, 9), (2, 7)):
+                expected = golden_given[name][i][row, :, slot]
+                torch.testing.assert_close(
+                    given[name][i][row, :, slot].double(), expected, rtol=2**-6, atol=2**-6
+                )
+
+
+def test_the_flag_stays_set(device):
+    given = make(Case(), torch.float16, device)
+    given["overflow"].fill_(1)
+    ops.decode_step(**given)
+    assert given["overflow"].item() == 1  # the host clears it, when it has read it
+
+
+def replaced(**changes):
+    """A change of the weights: name -> function of the old value."""
+
+    def change(given):
+        old = given["weights"]
+        new = {name: function(getattr(old, name)) for name, function in changes.items()}
+        return {"weights": dataclasses.replace(old, **new)}
+
+    return change
+
+
+def edited(name, function):
+    return lambda given: {name: function(given[name])}
+
+
+def more_rows(given):
+    """Twice the rows, but for the caches."""
+    names = ("x", "positions", "slots", "out")
+    workspace = ops.new_decode_workspace(given["weights"], 4, num_heads=4)
+    return {name: torch.cat([given[name]] * 2) for name in names} | {"workspace": workspace}
+
+
+def each(function):
+    return lambda tensors: [tensors[0], *map(function, tensors[1:])]
+
+
+WRONG = {
+    "fewer layers": (replaced(mlp_norm=lambda t: t[:1]), ValueError,
+                     "mlp_norm must have 2 tensors like sa_norm, got 1"),
+    "no layer": (replaced(sa_norm=lambda t: []), ValueError,
+                 "sa_norm must have 1 dimensions a layer, got no layer"),
+    "fewer biases": (replaced(qkv_bias=lambda t: t[:1]), ValueError,
+                     "qkv_bias must have 2 tensors like sa_norm, or none, got 1"),
+    "half of qk norm": (replaced(k_norm=lambda t: ()), ValueError,
+                        "q_norm and k_norm must be given together, got 2 and 0 tensors"),
+    "no head": (replaced(head=lambda t: None), ValueError, "norm and head must be given together"),
+    "no norm": (replaced(norm=lambda t: None), ValueError, "norm and head must be given together"),
+    "int weights": (replaced(sa_norm=lambda t: [x.int() for x in t]), TypeError,
+                    r"sa_norm\[0\] must be float32, float16 or bfloat16, got torch\.int32"),
+    "mixed dtypes": (replaced(down_weight=each(Tensor.float)), TypeError,
+                     r"down_weight\[1\] must be torch\.float16, got torch\.float32"),
+    "embedding dtype": (replaced(embedding=Tensor.bfloat16), TypeError,
+                        r"embedding must be torch\.float16, got torch\.bfloat16"),
+    "weight device": (replaced(qkv_weight=each(lambda t: t.to("meta"))), ValueError,
+                      r"qkv_weight\[1\] must be on \w+(:0)?, got meta"),
+    "weight shape": (replaced(gate_up_weight=each(lambda t: t[:-2])), ValueError,
+                     r"gate_up_weight\[1\] must be contiguous \[304, 72\], got shape \[302, 72\]"),
+    "weight strides": (replaced(output_weight=each(lambda t: t.T.contiguous().T)), ValueError,
+                       r"output_weight\[1\] must be .* got shape \[72, 256\] and strides \[1, 72"),
+    "head shape": (replaced(head=lambda t: t[:, :64].contiguous()), ValueError,
+                   r"head must be contiguous \[vocab_size, 72\], got shape \[83, 64\]"),
+    "num_heads": ({"num_heads": 3}, ValueError,
+                  "num_heads must divide output_weight's 256 columns, got 3"),
+    "qkv rows": (replaced(qkv_weight=lambda t: [x[:-64].contiguous() for x in t]), ValueError,
+                 "qkv_weight must have 256 rows of q and two times whole heads of 64, got 448"),
+    "windows": ({"windows": [0]}, ValueError, r"windows must be 2 of at least 0, got \[0\]"),
+    "window < 0": ({"windows": [0, -1]}, ValueError, r"windows must be 2 of at least 0, got \[0, "),
+    "activation": ({"activation": "tanh"}, ValueError,
+                   "activation must be one of silu, gelu, gelu_tanh, relu, got 'tanh'"),
+    "hidden for tokens": (edited("x", Tensor.half), TypeError,
+                          r"x must be torch\.int64, got torch\.float16"),
+    "tokens [b, 1]": (edited("x", lambda t: t[:, None]), ValueError,
+                      r"x must be contiguous \[b\], got shape \[2, 1\]"),
+    "no row": (edited("x", lambda t: t[:0]), ValueError, "batch must be 1 to 8, got 0"),
+    "9 rows": (edited("x", lambda t: torch.cat([t] * 5)[:9]), ValueError,
+               "batch must be 1 to 8, got 9"),
+    "more rows than the cache": (more_rows, ValueError,
+                                 "batch must be at most the caches' 3, got 4"),
+    "fewer caches": (edited("v_cache", lambda t: t[:1]), ValueError,
+                     "v_cache must have 2 tensors like sa_norm, got 1"),
+    "cache shape": (edited("v_cache", each(lambda t: t[:, :, :8].contiguous())), ValueError,
+                    r"v_cache\[1\] must be contiguous \[3, 2, 12, 64\], got shape \[3, 2, 8, 64\]"),
+    "cache heads": (edited("k_cache", lambda t: [x[:, :1].contiguous() for x in t]), ValueError,
+                    r"k_cache\[0\] must be contiguous \[B, 2, max_seq_len, 64\], got shape \[3, 1"),
+    "cache dtype": (edited("k_cache", each(Tensor.float)), TypeError,
+                    r"k_cache\[1\] must be torch\.float16, got torch\.float32"),
+    "slots dtype": (edited("slots", Tensor.int), TypeError,
+                    r"slots must be torch\.int64, got torch\.int32"),
+    "slots shape": (edited("slots", lambda t: t[:1]), ValueError,
+                    r"slots must be contiguous \[2\], got shape \[1\]"),
+    "positions shape": (edited("positions", lambda t: t[:, None]), ValueError,
+                        r"positions must be contiguous \[2\], got shape \[2, 1\]"),
+    "first_key dtype": ({"first_key": torch.zeros(2)}, TypeError,
+                        r"first_key must be torch\.int64, got torch\.float32"),
+    "table dtype": (edited("rope_table", Tensor.half), TypeError,
+                    r"rope_table must be torch\.float32, got torch\.float16"),
+    "table shape": (edited("rope_table", lambda t: t[..., 0].contiguous()), ValueError,
+                    r"rope_table must be contiguous \[max_positions, rotary_dim // 2, 2\], got sh"),
+    "table width": (edited("rope_table", lambda t: t.repeat(1, 2, 1)), ValueError,
+                    "rope_table must rotate at most head_dim = 64 elements, got rotary_dim 128"),
+    "overflow": (edited("overflow", Tensor.long), TypeError,
+                 r"overflow must be torch\.int32, got torch\.int64"),
+    "workspace": (edited("workspace", lambda t: t[:-8]), ValueError,
+                  r"workspace must have at least \d+ words for these sizes, got \d+"),
+    "out dtype": (edited("out", Tensor.half), TypeError,
+                  r"out must be torch\.float32, got torch\.float16"),
+    "out shape": (edited("out", lambda t: t[:, :-1].contiguous()), ValueError,
+                  r"out must be contiguous \[2, 83\], got shape \[2, 82\]"),
+    "out strides": (edited("out", lambda t: t.T.contiguous().T), ValueError,
+                    r"out must be contiguous \[2, 83\], got shape \[2, 83\] and strides \[1, 2\]"),
+}  # fmt: skip
+
+
+@CPU_ONLY
+@pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_argument_is_named_and_nothing_is_written(change, error, message, device):
+    given = make(Case(qkv_bias=True, qk_norm=True), torch.float16, device)
+    caches = [cache.clone() for cache in (*given["k_cache"], *given["v_cache"])]
+    with pytest.raises(error, match=message):
+        ops.decode_step(**given | (change(given) if callable(change) else change))
+    for actual, cache in zip((*given["k_cache"], *given["v_cache"]), caches, strict=True):
+        torch.testing.assert_close(actual, cache, rtol=0, atol=0, equal_nan=True)
+    assert given["out"].isnan().all()
+
+
+@CPU_ONLY
+def test_a_hidden_state_of_the_wrong_kind_is_named(device):
+    given = make(Case(part="middle"), torch.float16, device)
+    with pytest.raises(TypeError, match=r"x must be torch\.float16, got torch\.float32"):
+        ops.decode_step(**given | {"x": given["x"].float()})
+    with pytest.raises(ValueError, match=r"x must be contiguous \[b, 72\], got shape \[2, 64\]"):
+        ops.decode_step(**given | {"x": given["x"][:, :64].contiguous()})
+    with pytest.raises(TypeError, match=r"out must be torch\.float16, got torch\.float32"):
+        ops.decode_step(**given | {"out": given["out"].float()})
+
+
+SIZES = {
+    "batch": 8,
+    "hidden_size": 72,
+    "intermediate_size": 152,
+    "num_heads": 16,
+    "num_kv_heads": 1,
+    "head_dim": 256,
+    "num_layers": 128,
+    "activation": "silu",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({}, None),
+        ({"batch": 9}, "batch must be 1 to 8, got 9"),
+        ({"num_layers": 129}, "num_layers must be 1 to 128, got 129"),
+        ({"hidden_size": 76}, "hidden_size must be a positive multiple of 8, got 76"),
+        ({"intermediate_size": 4}, "intermediate_size must be a positive multiple of 8, got 4"),
+        ({"head_dim": 60}, "head_dim must be a positive multiple of 8, got 60"),
+        ({"head_dim": 264}, "head_dim must be at most 256, got 264"),
+        ({"num_heads": 17}, "num_heads must be 1 to 16 times the 1 key/value heads, got 17"),
+        ({"num_kv_heads": 3}, "num_heads must be 1 to 16 times the 3 key/value heads, got 16"),
+        ({"activation": "tanh"},
+         "activation must be one of silu, gelu, gelu_tanh, relu, got 'tanh'"),
+    ],
+)  # fmt: skip
+def test_refusal_names_the_rule(change, rule):
+    assert ops.decode_step_refusal(**SIZES | change) == rule
+
+
+def test_workspace_is_zeros_of_the_documented_size(device):
+    given = make(Case(slots=(1, 2, 3)), torch.float16, device)
+    workspace = ops.new_decode_workspace(given["weights"], 3, num_heads=4)
+    size = ops.decode_workspace_size(3, 72, 152, 8 * 64, 4, 64)
+    assert (workspace.dtype, workspace.shape) == (torch.int32, (size,))
+    assert workspace.device == given["x"].device
+    assert not workspace.any()
+    check(given | {"workspace": workspace})
+
+
+def raw_arguments(given: dict) -> tuple:
+    """In the order of the schema."""
+    schema = torch.ops.fastshard.decode_step.default._schema
+    weights = given["weights"]
+    return tuple(
+        given[argument.name] if argument.name in given else getattr(weights, argument.name)
+        for argument in schema.arguments
+    )
+
+
+@pytest.mark.parametrize("part", ["whole", "middle"])
+def test_opcheck(part, device):
+    case = Case(part=part, hidden_size=16, intermediate_size=8, head_dim=16, first_key=(1, 0))
+    given = make(case, torch.float16, device)
+    for name in ("k_cache", "v_cache"):  # opcheck compares copies: NaN would not be equal
+        given[name] = [cache.nan_to_num() for cache in given[name]]
+    given["out"].zero_()
+    torch.library.opcheck(torch.ops.fastshard.decode_step.default, raw_arguments(given))
+
+
+def test_compiles(device):
+    given = make(Case(head_dim=16), torch.float16, device)
+    twin = cast(given, torch.float16) | {"rope_table": given["rope_table"]}
+    twin["out"] = given["out"].clone()
+
+    def step(given):
+        ops.decode_step(**given)
+        return given["out"] + 1
+
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(given)
+    assert torch.equal(out, step(twin))
+    for name in ("k_cache", "v_cache"):  # mutations survive functionalisation
+        for actual, expected in zip(given[name], twin[name], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@CUDA_ONLY
+@HALVES
+@pytest.mark.parametrize("part", ["middle", "last"])
+def test_replays_in_a_graph(part, dtype, device):
+    given = make(Case(part=part), dtype, device)
+
+    def step():
+        ops.decode_step(**given)
+        return given["out"].clone()
+
+    assert_replays_in_a_graph(step, given["x"])
+
+
+@CUDA_ONLY
+def test_a_replay_reads_tokens_positions_and_slots(device):
+    given = make(Case(slots=(3, 5)), torch.float16, device)
+    ops.decode_step(**given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.decode_step(**given)
+    for _ in range(4):
+        given["slots"] += 1
+        given["positions"] += 2
+        given["x"].copy_((given["x"] + 5) % 83)
+        golden, naive = plain(cast(given, torch.float64)), plain(cast(given, torch.float16))
+        graph.replay()
+        assert_as_accurate(given["out"], golden, naive.float())
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("part", ["whole", "middle"])
+def test_runs_one_kernel_of_ours(part, device):
+    given = make(Case(part=part), torch.float16, device)
+    names = cuda_kernel_names(lambda: ops.decode_step(**given))
+    assert len(names) == 1
+    assert "fastshard::decode" in names[0]
+
+
+@CUDA_ONLY
+def test_float32_is_refused_on_a_gpu(device):
+    with pytest.raises(TypeError, match=r"weights must be float16 or bfloat16 on CUDA, got torch"):
+        ops.decode_step(**make(Case(), torch.float32, device))
+
+
+@CUDA_ONLY
+def test_runs_beside_a_kernel_that_holds_the_gpu(device):
+    """A grid that waits for all its blocks must not deadlock with another stream's kernels."""
+    given = make(Case(), torch.float16, device)
+    golden, naive = plain(cast(given, torch.float64)), plain(cast(given, torch.float16))
+    busy = torch.randn(4096, 4096, device=device)
+    side = torch.cuda.Stream()
+    for _ in range(20):
+        with torch.cuda.stream(side):
+            busy = busy @ busy / 64
+        ops.decode_step(**given)
+    torch.cuda.synchronize()
+    assert_as_accurate(given["out"], golden, naive.float())
+
+
+@CPU_ONLY
+def test_cost(device):
+    case = Case(slots=(9, 4, 2), first_key=(2, 0, 0), windows=(3, 0), is_tied=True)
+    given = make(case, torch.float16, device)
+    # keys: 3 + 3 + 3 in the windowed layer, 8 + 5 + 3 in the other
+    layer = 72 * (512 + 256 + 3 * 152) + 2 * 72
+    numel = 2 * layer + 72 + 83 * 72 + 3 * 72  # head once, a row of the embedding a token
+    numel += 2 * 2 * 64 * (9 + 16 + 2 * 3)  # keys and values read and written
+    cost = ops.COSTS["decode_step"](*raw_arguments(given))
+    matrices = 2 * 72 * (512 + 256 + 3 * 152) + 83 * 72
+    assert cost.bytes == 2 * numel + 4 * 3 * 83
+    assert cost.flops == 2 * 3 * matrices + 4 * 256 * (9 + 16)
+    given["slots"] = given["slots"].to("meta")  # values unknown: at most 3 and 12 keys a row
+    bound = ops.COSTS["decode_step"](*raw_arguments(given))
+    assert bound.bytes - cost.bytes == 2 * 2 * 2 * 64 * (3 * (3 + 12) - 25)
