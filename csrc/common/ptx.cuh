@@ -93,6 +93,46 @@ __device__ __forceinline__ uint4 ld_global_streaming_or_zero(const void* global,
   return v;
 }
 
+// 8 bytes, as ld_global_streaming.
+__device__ __forceinline__ uint2 ld_global_streaming_8(const void* global) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(global));
+  return v;
+}
+
+// 16 bytes that other blocks may be writing: each 4-byte word by itself is old or new, and no word is ordered by another.
+__device__ __forceinline__ uint4 ld_global_relaxed(const void* global) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(global)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 ld_global_relaxed_8(const void* global) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(global) : "memory");
+  return v;
+}
+
+// Such words written.
+__device__ __forceinline__ void st_global_relaxed(void* global, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void st_global_relaxed_8(void* global, uint2 v) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// *global += value; what it was before. Unlike atomicAdd, it does not wait where the result is not used yet.
+__device__ __forceinline__ uint32_t atom_global_add(uint32_t* global, uint32_t value) {
+  uint32_t old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(global), "r"(value) : "memory");
+  return old;
+}
+
 // 2^x, to 2 ulp; -inf gives 0.
 __device__ __forceinline__ float ex2(float x) {
   float y;

@@ -6,6 +6,7 @@
 #include <climits>
 
 #include "attention/attention.h"
+#include "attention/decode_attention.h"
 #include "ops/check.h"
 #include "ops/stable_box.h"
 
@@ -78,6 +79,7 @@ AttentionMask mask_of(const OptionalTensor& mask, const Tensor& q, Tensor& stora
 
 template <typename T>
 void launch(AttentionParams& params, const Tensor& out) {
+  if (decode_attention_serves(params)) return decode_attention<T>(params, current_stream(out));
   params.num_splits = attention_num_splits<T>(params);
   Tensor partials;
   if (params.num_splits > 1) {

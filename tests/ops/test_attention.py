@@ -505,10 +505,11 @@ def test_graph_follows_the_lengths(device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_runs_our_kernels(shape, device):
     q, k, v = make_qkv(device, torch.float16, group=4, head_dim=128, **shape)
-    expected = ["fastshard::attention_kernel"]
+    general = ["fastshard::attention_kernel"]
     if shape["s_kv"] == 4096:
-        expected.append("fastshard::attention_combine_kernel")
-    for call in (ops.attention, ops.attention_layer_norm):
+        general.append("fastshard::attention_combine_kernel")
+    decode = ["fastshard::decode_attention_kernel"] if shape["s_q"] == 1 else general
+    for call, expected in ((ops.attention, decode), (ops.attention_layer_norm, general)):
         names = cuda_kernel_names(lambda call=call: call(q, k, v))
         assert len(names) == len(expected)
         assert all(part in name for part, name in zip(expected, names, strict=True))

@@ -203,6 +203,12 @@ inline int __mulhi(int a, int b) { return int(static_cast<long long>(a) * b >> 3
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return unsigned((static_cast<unsigned long long>(high) << 32 | low) << (shift & 31) >> 32);
 }

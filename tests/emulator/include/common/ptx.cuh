@@ -74,6 +74,28 @@ __device__ __forceinline__ uint4 ld_global_streaming_or_zero(const void* global,
   return valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
 }
 
+__device__ __forceinline__ uint2 ld_global_streaming_8(const void* global) {
+  return *static_cast<const uint2*>(global);
+}
+
+__device__ __forceinline__ uint4 ld_global_relaxed(const void* global) {
+  simt::yield();
+  return *static_cast<const uint4*>(global);
+}
+
+__device__ __forceinline__ uint2 ld_global_relaxed_8(const void* global) {
+  simt::yield();
+  return *static_cast<const uint2*>(global);
+}
+
+__device__ __forceinline__ void st_global_relaxed(void* global, uint4 v) { *static_cast<uint4*>(global) = v; }
+
+__device__ __forceinline__ void st_global_relaxed_8(void* global, uint2 v) { *static_cast<uint2*>(global) = v; }
+
+__device__ __forceinline__ uint32_t atom_global_add(uint32_t* global, uint32_t value) {
+  return atomicAdd(global, value);
+}
+
 __device__ __forceinline__ float ex2(float x) { return exp2f(x); }
 
 }  // namespace fastshard::ptx

@@ -1,0 +1,62 @@
+// Launcher and instances of the decode attention kernel.
+#include "attention/decode_attention.cuh"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "common/workspace.h"
+
+namespace fastshard {
+namespace decode_attention_detail {
+
+// Blocks of a head, of `num_heads` over all batch rows, where `capacity` blocks run at a time: as many as fill the
+// device once; with less than eight of them what a rounded-down number leaves idle counts, and several waves may be
+// better. 132 blocks: 8 heads get 16, 64 get 2; 72 get 5 (360 blocks, nearly three waves of 396).
+inline int num_splits(int64_t num_heads, int64_t capacity, int max_tiles) {
+  constexpr int kFew = 8;
+  int64_t splits = capacity / num_heads;
+  if (splits < kFew) {
+    const auto waves = [&](int64_t n) { return (num_heads * n + capacity - 1) / capacity; };
+    splits = 1;
+    for (int64_t n = 2; n <= kFew; ++n) {
+      if (waves(n) * splits * 100 < waves(splits) * n * 95) splits = n;
+    }
+  }
+  return static_cast<int>(std::clamp<int64_t>(splits, 1, std::max(max_tiles, 1)));
+}
+
+template <typename T, typename Config>
+void launch(const AttentionParams& p, cudaStream_t stream) {
+  using Storage = DecodeAttentionSharedStorage<Config>;
+  const auto kernel = decode_attention_kernel<T, Config>;
+  // A heuristic: the figure of the first device serves for all.
+  static const int capacity = max_resident_blocks<Storage>(kernel, Config::kThreads);
+  const int num_heads = p.batch * p.num_kv_heads;
+  const int splits = num_splits(num_heads, capacity, p.max_keys / kDecodeKeys + 1);
+  SplitResults results{nullptr, num_heads, p.rows_per_head(), Config::kHeadDim};
+  if (splits > 1) {
+    const int64_t bytes = results.num_words(splits) * int64_t(sizeof(uint32_t));
+    results.words = static_cast<uint32_t*>(workspace(bytes, stream));
+  }
+  const dim3 grid(unsigned(splits), unsigned(p.num_kv_heads), unsigned(p.batch));
+  launch_kernel<Storage>(kernel, grid, Config::kThreads, stream, p, results);
+}
+
+}  // namespace decode_attention_detail
+
+template <typename T>
+void decode_attention(const AttentionParams& p, cudaStream_t stream) {
+  using namespace decode_attention_detail;
+  switch (p.head_dim) {
+    case 64:  return launch<T, DecodeAttentionConfig<64, 8, 2>>(p, stream);
+    case 96:  return launch<T, DecodeAttentionConfig<96, 8, 1>>(p, stream);
+    case 128: return launch<T, DecodeAttentionConfig<128, 8, 1>>(p, stream);
+  }
+  throw std::runtime_error("decode_attention: head_dim must be 64, 96 or 128, got " + std::to_string(p.head_dim));
+}
+
+template void decode_attention<__half>(const AttentionParams&, cudaStream_t);
+template void decode_attention<__nv_bfloat16>(const AttentionParams&, cudaStream_t);
+
+}  // namespace fastshard
