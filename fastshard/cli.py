@@ -10,10 +10,12 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import fastshard
+from fastshard.decode import MODES
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -29,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = build_parser().parse_args(arguments)
     try:
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return args.run(args)
     except BrokenPipeError:  # the reader of stdout has had enough; Python flushes it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -39,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"fastshard: error: {message}", file=sys.stderr)
         return 1
+
+
+def _show_warning(message: Warning | str, *where) -> None:
+    print(f"fastshard: warning: {message}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,6 +86,7 @@ def _add_generate(commands) -> None:
     add("--seed", type=_whole, default=0, help="the same seed gives the same text (default: 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     add("--chat", action="store_true", help="put the prompt into the chat template")
+    add("--decode", choices=MODES, help="default: FASTSHARD_DECODE, else auto")
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -118,6 +127,7 @@ def run_generate(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
         chat=args.chat,
+        decode=args.decode,
     )
     for piece in stream:
         sys.stdout.write(piece)

@@ -13,6 +13,11 @@ def cache_dir() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "fastshard"
 
 
+def decode_mode() -> str:
+    """How tokens are decoded where the caller does not say: ``FASTSHARD_DECODE``, else auto."""
+    return os.environ.get("FASTSHARD_DECODE") or "auto"
+
+
 def shipped_tables_dir() -> Path:
     """Where the tables that came with the wheel are; not movable."""
     return Path(__file__).parent / "tune" / "tables"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastshard.checkpoint import GenerationDefaults, TextTokenizer
+from fastshard.decode import check_mode
 from fastshard.models import ModelConfig, ShardedGeneralModel
 from fastshard.sampling import Sampling
 from fastshard.text import Detokenizer, StopFilter
@@ -32,6 +33,7 @@ class TextGenerator:
         seed: int = 0,
         stop: str | Sequence[str] = (),
         chat: bool = False,
+        decode: str | None = None,
     ) -> "TextStream":
         """Continue ``prompt``, piece by piece.
 
@@ -46,6 +48,8 @@ class TextGenerator:
             seed: The same seed gives the same text.
             stop: The text ends before the first of these strings.
             chat: Put the prompt into the checkpoint's chat template.
+            decode: ``auto``, ``persistent``, ``graph`` or ``eager``, see ``fastshard.decode``;
+                None: as ``FASTSHARD_DECODE`` says, else auto.
 
         Returns:
             An iterator over pieces of text, whole characters each.
@@ -71,7 +75,7 @@ class TextGenerator:
             seed=seed,
         )
         stops = [stop] if isinstance(stop, str) else list(stop)
-        return TextStream(self, tokens, max_new_tokens, sampling, stops)
+        return TextStream(self, tokens, max_new_tokens, sampling, stops, check_mode(decode))
 
 
 class ShardChain(TextGenerator):
@@ -143,11 +147,12 @@ class TextStream:
         max_new_tokens: int,
         sampling: Sampling,
         stops: Sequence[str],
+        mode: str = "auto",
     ):
         self.num_prompt_tokens, self.num_tokens = len(prompt), 0
         self.prefill_seconds = self.decode_seconds = 0.0
         room = check_room(model, [prompt], max_new_tokens)
-        self._steps = read_behind(token_steps(model, [prompt], room, sampling))
+        self._steps = read_behind(token_steps(model, [prompt], room, sampling, mode))
         self._eos_tokens = set(model.generation_defaults.eos_tokens)
         self._detokenizer = Detokenizer(model.tokenizer.decode, prompt)
         self._stop_filter = StopFilter(stops)

@@ -1,24 +1,14 @@
 """The token loop: prefill, then one token a row and step, for one prompt or a padded batch."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastshard.models import ModelConfig, ShardedGeneralModel
+from fastshard.decode import WholeModel, check_mode, shards_of, start_decoding
 from fastshard.sampling import Sampling
 
 DEFAULT_NEW_TOKENS = 128
-
-
-class WholeModel(Protocol):
-    """A ``ShardedGeneralModel`` of all layers, or a chain of several, its ``models``."""
-
-    config: ModelConfig
-    device: torch.device
-
-    def generate(self, tokens: Tensor, **arguments) -> tuple[None, Tensor]: ...
 
 
 def generate_batch(
@@ -28,6 +18,7 @@ def generate_batch(
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     sampling: Sampling | None = None,
     eos_tokens: Sequence[int] = (),
+    decode: str | None = None,
 ) -> list[list[int]]:
     """Continue several prompts at once, padded on the left to one length.
 
@@ -35,17 +26,20 @@ def generate_batch(
         model: All layers, with a cache.
         prompts: Tokens of each.
         eos_tokens: A row ends after the first of these.
+        decode: ``auto``, ``persistent``, ``graph`` or ``eager``, see ``fastshard.decode``; None: as
+            ``FASTSHARD_DECODE`` says, else auto.
 
     Returns:
         The new tokens of each prompt, its end token included.
 
     Raises:
-        ValueError: no prompts, or one that is empty or does not fit the context.
+        ValueError: no prompts, one that is empty or does not fit the context, or no such mode.
     """
+    mode = check_mode(decode)
     room = check_room(model, prompts, max_new_tokens)
     rows: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(rows)
-    for step in read_behind(token_steps(model, prompts, room, sampling or Sampling())):
+    for step in read_behind(token_steps(model, prompts, room, sampling or Sampling(), mode)):
         for i, token in enumerate(step):
             if not ended[i]:
                 rows[i].append(token)
@@ -63,7 +57,7 @@ def check_room(model: WholeModel, prompts: Sequence[Sequence[int]], max_new_toke
             ``max_new_tokens`` is not positive, or the model keeps no cache.
     """
     context, vocab_size = model.config.max_seq_len, model.config.vocab_size
-    if not all(m.use_cache or m.model.caches_are_enabled() for m in _shards(model)):
+    if not all(m.use_cache or m.model.caches_are_enabled() for m in shards_of(model)):
         raise ValueError("use_cache must be True for a model that generates text, got False")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -84,15 +78,12 @@ def check_room(model: WholeModel, prompts: Sequence[Sequence[int]], max_new_toke
     return min(max_new_tokens, context - max(map(len, prompts)))
 
 
-def _shards(model: WholeModel) -> list[ShardedGeneralModel]:
-    return getattr(model, "models", [model])
-
-
 def token_steps(
     model: WholeModel,
     prompts: Sequence[Sequence[int]],
     num_steps: int,
     sampling: Sampling,
+    mode: str = "auto",
 ) -> Iterator[Tensor]:
     """Prefill, then decode one token a row and step; yields ``[b]`` on the device, never waits.
 
@@ -107,35 +98,69 @@ def token_steps(
     rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
     tokens = torch.tensor(rows, device=model.device)
     first_key = torch.tensor(padding, device=model.device) if any(padding) else None
-    for shard in _shards(model):
+    for shard in shards_of(model):
         shard.max_generated_tokens = max(shard.max_generated_tokens, num_steps)
     model.running = this = object()
     _, logits = model.generate(tokens, first_key=first_key, num_logits=1)
-    step = torch.zeros((), dtype=torch.int64, device=logits.device)
-    for i in range(num_steps):
-        chosen = sampling.choose(logits[:, -1], step)
-        yield chosen
-        if i + 1 < num_steps:
-            step += 1
-            if model.running is not this:
-                raise RuntimeError("the text cannot go on: its model was given another prompt")
-            _, logits = model.generate(
-                chosen[:, None].to(model.device),
-                curr_pos=longest + i,
-                first_key=first_key,
-                num_logits=1,
+    draw = torch.zeros((), dtype=torch.int64, device=logits.device)
+    chosen = sampling.choose(logits[:, -1], draw)
+    yield chosen
+    decoding = None
+    for _ in range(num_steps - 1):
+        if model.running is not this:
+            raise RuntimeError("the text cannot go on: its model was given another prompt")
+        if decoding is None:
+            decoding = start_decoding(
+                model, chosen, num_held=longest, sampling=sampling, first_key=first_key, mode=mode
             )
+        yield decoding.step()
 
 
 def read_behind(steps: Iterator[Tensor]) -> Iterator[list[int]]:
-    """Each step's tokens on the host; on a GPU one step late, so that it never waits."""
-    previous = None
+    """Each step's tokens on the host; on a GPU one step late, so that it never idles."""
+    copies = None
     for tokens in steps:
         if tokens.device.type == "cpu":
             yield tokens.tolist()
             continue
-        if previous is not None:
-            yield previous.tolist()
-        previous = tokens
-    if previous is not None:
-        yield previous.tolist()
+        if copies is None:
+            copies = _HostCopies(tokens)
+        copies.push(tokens)
+        if copies.num_pending == 2:
+            yield copies.pop()
+    while copies is not None and copies.num_pending:
+        yield copies.pop()
+
+
+class _HostCopies:
+    """Up to two steps' tokens on their way to the host, on a stream of their own.
+
+    A read on the stream of the steps would wait for the step after, and the GPU then for the host.
+    """
+
+    def __init__(self, tokens: Tensor):
+        self._stream = torch.cuda.Stream(tokens.device)
+        self._hosts = [torch.empty_like(tokens, device="cpu", pin_memory=True) for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)]
+        self._num_pushed = self._num_popped = 0
+
+    @property
+    def num_pending(self) -> int:
+        return self._num_pushed - self._num_popped
+
+    def push(self, tokens: Tensor) -> None:
+        """Copy ``tokens`` once what has been launched so far is done."""
+        index = self._num_pushed % 2
+        self._stream.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(self._stream):
+            self._hosts[index].copy_(tokens, non_blocking=True)
+            self._events[index].record(self._stream)
+        tokens.record_stream(self._stream)  # its memory is not reused before the copy is done
+        self._num_pushed += 1
+
+    def pop(self) -> list[int]:
+        """Wait for the oldest copy, and return its tokens."""
+        index = self._num_popped % 2
+        self._events[index].synchronize()
+        self._num_popped += 1
+        return self._hosts[index].tolist()

@@ -83,6 +83,38 @@ def test_chat_uses_the_template(run):
     assert run("ab", "--chat")[1] == run("AB:")[1] != run("ab")[1]
 
 
+def test_decode_chooses_the_mode(run, monkeypatch):
+    monkeypatch.setenv("FASTSHARD_DECODE", "eager")
+    calls = []
+    decode_step = fastshard.ops.decode_step
+    monkeypatch.setattr(
+        fastshard.ops,
+        "decode_step",
+        lambda *args, **keys: (calls.append(1), decode_step(*args, **keys))[1],
+    )
+    text = run("ab", "--max-new-tokens", "9")[1]
+    assert calls == []
+    assert run("ab", "--max-new-tokens", "9", "--decode", "persistent")[1] == text
+    assert len(calls) == 8
+
+
+def test_a_mode_that_cannot_run_is_one_line_of_warning(run):
+    status, out, err = run("ab", "--decode", "graph")
+    assert (status, out) == run("ab", "--decode", "eager")[:2]
+    assert err.splitlines()[0] == (
+        "fastshard: warning: decode mode graph is not possible, falling back to eager: "
+        "a CUDA graph needs a GPU, got cpu"
+    )
+    assert err.count("\n") == 2  # and the figures
+
+
+def test_an_unknown_mode_in_the_environment_is_one_line(run, monkeypatch):
+    monkeypatch.setenv("FASTSHARD_DECODE", "fast")
+    status, out, err = run("ab")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "error: FASTSHARD_DECODE must be one of auto, persistent, graph, eager, got" in err
+
+
 def test_prompt_from_stdin(run, monkeypatch):
     import io
 
@@ -140,6 +172,7 @@ def test_dtype_is_the_models(run, monkeypatch):
         (["--layers", "", "a"], "argument --layers: must be ranges of layers with both ends"),
         (["--shards", "2", "--layers", "0-2", "a"], "not allowed with argument"),
         (["--dtype", "int8", "a"], "argument --dtype: invalid choice: 'int8'"),
+        (["--decode", "fast", "a"], "argument --decode: invalid choice: 'fast'"),
         ([], "the following arguments are required: PROMPT"),
         (["a", "b"], "unrecognized arguments: b"),
     ],

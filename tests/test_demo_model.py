@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def test_token_by_token_equals_full_recompute(model, settings):
         _, logits = without_cache.generate(torch.tensor([tokens]), num_logits=1)
         tokens.append(sampling.choose(logits[:, -1], torch.tensor(step)).item())
     assert actual == tokens[len(prompt) :]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_every_decode_mode_gives_the_same_greedy_tokens(num_shards, device):
+    chain = load_chain(Checkpoint(demo_model()), even_split(NUM_LAYERS, num_shards), device=device)
+    prompts = [chain.tokenizer.encode(text) for text in ("def ", "import os\n\n", "x")]
+    modes = ["eager", "persistent"] + ["graph"] * (device.type == "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a mode that fell back
+        eager, *others = (
+            fastshard.generate_batch(chain, prompts, max_new_tokens=150, decode=mode)
+            for mode in modes
+        )
+    assert all(other == eager for other in others)
+    assert len({token for row in eager for token in row}) > 20
 
 
 def test_a_cold_start_imports_no_compiler():

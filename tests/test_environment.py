@@ -1,10 +1,10 @@
-"""Environment variables: where the cache is."""
+"""Environment variables: where the cache is, how tokens are decoded."""
 
 from pathlib import Path
 
 import pytest
 
-from fastshard.environment import cache_dir
+from fastshard.environment import cache_dir, decode_mode
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,11 @@ def test_cache_dir(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_dir() == Path(expected)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, "auto"), ("", "auto"), ("graph", "graph")])
+def test_decode_mode(monkeypatch, value, expected):
+    monkeypatch.delenv("FASTSHARD_DECODE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FASTSHARD_DECODE", value)
+    assert decode_mode() == expected

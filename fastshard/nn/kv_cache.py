@@ -69,6 +69,21 @@ class KVCache(nn.Module):
             ValueError: they do not fit, or there are more rows than the cache or its prompt has.
         """
         start = self.size if start is None else start
+        self.check_room(num_rows, num_tokens, start)
+        end = start + num_tokens
+        indices = self._device_indices()
+        lengths = indices[end : end + 1]
+        if num_rows != 1:
+            lengths = lengths.repeat(num_rows)
+        return CacheStep(indices[start:end], lengths, self.overflow)
+
+    def check_room(self, num_rows: int, num_tokens: int, start: int | None = None) -> None:
+        """Raise unless ``next_step`` of the same arguments would give a step.
+
+        Raises:
+            ValueError: they do not fit, or there are more rows than the cache or its prompt has.
+        """
+        start = self.size if start is None else start
         if num_rows > self.batch_size:
             raise ValueError(f"batch must be at most the cache's {self.batch_size}, got {num_rows}")
         if start > 0 and num_rows > self._num_rows:
@@ -81,11 +96,6 @@ class KVCache(nn.Module):
                 f"the cache must have room for all tokens: {start} of its {self.max_seq_len} slots "
                 f"are used, got {num_tokens} tokens more"
             )
-        indices = self._device_indices()
-        lengths = indices[end : end + 1]
-        if num_rows != 1:
-            lengths = lengths.repeat(num_rows)
-        return CacheStep(indices[start:end], lengths, self.overflow)
 
     def advance(self, num_rows: int, num_tokens: int) -> None:
         """Count ``num_tokens`` more tokens in each of ``num_rows`` rows as held."""

@@ -358,6 +358,18 @@ def test_a_row_out_of_range_is_suppressed(part, which, wrong, device):
                 )
 
 
+@HALVES
+def test_the_norms_round_as_they_are_told(dtype, device):
+    """Both styles are as accurate; they differ by where they round."""
+    outs = []
+    for weight_in_fp32 in (False, True):
+        torch.manual_seed(0)
+        given = make(Case(part="middle", weight_in_fp32=weight_in_fp32), dtype, device)
+        ops.decode_step(**given)
+        outs.append(given["out"])
+    assert not torch.equal(*outs)
+
+
 def test_the_flag_stays_set(device):
     given = make(Case(), torch.float16, device)
     given["overflow"].fill_(1)

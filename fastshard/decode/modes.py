@@ -1,0 +1,91 @@
+"""Which of the decode modes a model runs in, and why not another."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastshard import ops
+from fastshard.environment import decode_mode
+from fastshard.models import ModelConfig, ShardedGeneralModel
+
+MODES = ("auto", "persistent", "graph", "eager")
+
+
+class WholeModel(Protocol):
+    """A ``ShardedGeneralModel`` of all layers, or a chain of several, its ``models``."""
+
+    config: ModelConfig
+    device: torch.device
+
+    def generate(self, tokens: Tensor, **arguments) -> tuple[None, Tensor]: ...
+
+
+def shards_of(model: WholeModel) -> list[ShardedGeneralModel]:
+    """The shards that together are ``model``, in order."""
+    return getattr(model, "models", [model])
+
+
+def check_mode(mode: str | None) -> str:
+    """Return ``mode``, by default what ``FASTSHARD_DECODE`` says.
+
+    Raises:
+        ValueError: it is none of ``MODES``.
+    """
+    name, value = ("FASTSHARD_DECODE", decode_mode()) if mode is None else ("decode", mode)
+    if value not in MODES:
+        raise ValueError(f"{name} must be one of {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+def choose_mode(
+    mode: str, models: Sequence[ShardedGeneralModel], batch: int
+) -> tuple[str, str | None]:
+    """Decide how these shards decode ``batch`` rows.
+
+    Args:
+        mode: One of ``MODES``. ``auto`` is persistent on a GPU, and eager on CPUs.
+
+    Returns:
+        ``persistent``, ``graph`` or ``eager``, and where that is not what was asked for, why.
+    """
+    has_gpu = any(is_gpu(model.device) for model in models)
+    if mode == "eager" or (mode == "auto" and not has_gpu):
+        return "eager", None
+    if mode == "graph":
+        return (mode, None) if has_gpu else ("eager", "a CUDA graph needs a GPU, got cpu")
+    reason = next(filter(None, (_refusal(model, batch) for model in models)), None)
+    if reason is None:
+        return "persistent", None
+    return "graph" if has_gpu else "eager", reason
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _refusal(model: ShardedGeneralModel, batch: int) -> str | None:
+    """Why ``ops.decode_step`` cannot run this shard, or None."""
+    config = model.config
+    if model.device.type == "cuda":
+        if model.dtype == torch.float32:
+            return "weights must be float16 or bfloat16 on CUDA, got torch.float32"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("fastshard::decode_step", "CUDA"):
+            return "this build of fastshard has no CUDA kernel of decode_step"
+    return ops.decode_step_refusal(
+        batch=batch,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_layers=model.shard.get_layer_count(),
+        activation=config.hidden_act,
+    )
+
+
+def warn_of_fallback(mode: str, fallback: str, reason: str) -> None:
+    text = f"decode mode {mode} is not possible, falling back to {fallback}: {reason}"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
