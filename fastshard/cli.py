@@ -1,7 +1,7 @@
-"""The command line: ``fastshard generate`` and ``fastshard info``.
+"""The command line: ``fastshard generate``, ``fastshard bench`` and ``fastshard info``.
 
-Only the generated text goes to stdout; progress, figures and errors go to stderr. Exit status: 0,
-2 where the command line is wrong, 1 for everything else that fails.
+Of ``generate`` only the text goes to stdout; progress, figures and errors go to stderr. Exit
+status: 0, 2 where the command line is wrong, 1 for everything else that fails.
 """
 
 import argparse
@@ -18,6 +18,9 @@ import fastshard
 from fastshard.decode import MODES
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_BENCHMARKS = ("attention", "linear", "mlp", "decode", "start")
+_DECODE_MODES = ("persistent", "graph", "eager")
+_PEERS = ("eager", "compile", "autotune", "sdpa")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = build_parser().parse_args(arguments)
+    args.command_line = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -54,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=fastshard.__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_bench(commands)
     info = commands.add_parser("info", help="what is installed, compiled and visible")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=run_info)
@@ -87,6 +92,65 @@ def _add_generate(commands) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     add("--chat", action="store_true", help="put the prompt into the chat template")
     add("--decode", choices=MODES, help="default: FASTSHARD_DECODE, else auto")
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time kernels and decode steps against this GPU's limits and PyTorch",
+        description="Time on the current GPU, one line a case. BENCHMARK is any of "
+        f"{', '.join(_BENCHMARKS)} (default: all); without more, at the shapes of our goals.",
+    )
+    bench.set_defaults(run=run_bench)
+    add = bench.add_argument
+    add("benchmarks", metavar="BENCHMARK", nargs="*", help="what to time", type=_benchmark)
+    add("--model", metavar="PRESET", nargs="+", help="shapes, like llama-3.2-1b qwen2.5-0.5b")
+    add("--batch", metavar="N", nargs="+", type=_count, help="batch sizes, or rows of linear, mlp")
+    add("--context", metavar="N", nargs="+", type=_count, help="keys in the cache")
+    add("--layers", metavar="N", type=_count, help="only the first N layers of each model")
+    add("--decode", metavar="MODE", nargs="+", choices=_DECODE_MODES, help="our ways to decode")
+    add("--dtype", choices=_DTYPES[1:], default="bfloat16", help="default: bfloat16")
+    add(
+        "--vs",
+        metavar="PEER,PEER",
+        type=_peers,
+        default=("eager", "compile", "sdpa"),
+        help=f"of {', '.join(_PEERS)}, or none (default: eager,compile,sdpa)",
+    )
+    add("--compile-all", action="store_true", help="compile whole models of any size: minutes")
+    add("--time-limit", metavar="S", type=_number, help="compile no peer after S seconds")
+    add("--rounds", metavar="N", type=_count, default=50, help="samples a line (default: 50)")
+    add("--json", metavar="FILE", help="write everything that was measured")
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
+    from fastshard.bench.case import Settings
+    from fastshard.bench.command import run
+
+    settings = Settings(
+        models=args.model and tuple(args.model),
+        batches=args.batch and tuple(args.batch),
+        contexts=args.context and tuple(args.context),
+        modes=tuple(args.decode or _DECODE_MODES),
+        peers=args.vs,
+        compiles_all=args.compile_all,
+        dtype=getattr(torch, args.dtype),
+        num_layers=args.layers,
+    )
+    run(
+        args.benchmarks or _BENCHMARKS,
+        settings,
+        command=["fastshard", *args.command_line],
+        json_path=args.json and Path(args.json),
+        time_limit=args.time_limit,
+        rounds=args.rounds,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -217,6 +281,21 @@ def _number(text: str) -> float:
     if not 0 <= value < math.inf:
         raise ValueError
     return value
+
+
+@_argument(f"one of {', '.join(_BENCHMARKS)}")
+def _benchmark(text: str) -> str:
+    if text not in _BENCHMARKS:
+        raise ValueError
+    return text
+
+
+@_argument(f"none, or some of {', '.join(_PEERS)}")
+def _peers(text: str) -> tuple[str, ...]:
+    peers = () if text == "none" else tuple(text.split(","))
+    if not set(peers) <= set(_PEERS):
+        raise ValueError
+    return peers
 
 
 @_argument("ranges of layers with both ends, like 0-3,4-7")

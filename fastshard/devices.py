@@ -18,15 +18,32 @@ def is_served(archs: str, capability: tuple[int, int]) -> bool:
         archs: As ``TORCH_CUDA_ARCH_LIST``, e.g. ``"8.6;9.0a+PTX"``; architecture-specific code
             (a suffix letter) serves its own compute capability only.
     """
+    return loaded_code(archs, capability) is not None
+
+
+def loaded_code(archs: str, capability: tuple[int, int]) -> str | None:
+    """What the driver loads of a build on a GPU of this compute capability; None: nothing runs.
+
+    The best machine code that fits, e.g. ``sm_86``; without any the newest PTX, e.g.
+    ``compute_86 (PTX)``, which the driver compiles at first use.
+
+    Args:
+        archs: As for ``is_served``.
+    """
+    machine_code, ptx = [], []
     for arch in filter(None, archs.split(";")):
-        major, minor, letter, ptx = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", arch).groups()
+        major, minor, letter, has_ptx = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", arch).groups()
         built = (int(major), int(minor))
-        if letter:
-            if capability == built:
-                return True
-        elif capability >= built and (ptx or capability[0] == built[0]):
-            return True
-    return False
+        if capability == built or (capability > built and capability[0] == built[0] and not letter):
+            machine_code.append((built, letter))
+        elif capability > built and has_ptx and not letter:
+            ptx.append(built)
+    if machine_code:
+        (major, minor), letter = max(machine_code)
+        return f"sm_{major}{minor}{letter}"
+    if ptx:
+        return "compute_{}{} (PTX)".format(*max(ptx))
+    return None
 
 
 def default_device() -> torch.device:

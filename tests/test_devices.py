@@ -32,6 +32,23 @@ def test_served_compute_capabilities(archs, capability, served):
     assert devices.is_served(archs, capability) == served
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "code"),
+    [
+        ("8.6+PTX", (8, 6), "sm_86"),
+        ("8.6+PTX", (8, 9), "sm_86"),
+        ("8.6+PTX", (9, 0), "compute_86 (PTX)"),
+        ("8.0+PTX;8.6+PTX", (9, 0), "compute_86 (PTX)"),
+        ("8.0;8.6;9.0+PTX", (8, 9), "sm_86"),
+        ("8.6+PTX;9.0a", (9, 0), "sm_90a"),
+        ("8.6+PTX;9.0a", (10, 0), "compute_86 (PTX)"),
+        ("8.6", (9, 0), None),
+    ],
+)
+def test_code_that_the_driver_loads(archs, capability, code):
+    assert devices.loaded_code(archs, capability) == code
+
+
 def pretend_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -1,1 +1,1 @@
-"""Benchmarks, each a module to run; ``results/`` holds what they measured, as JSON."""
+"""Benchmarks of kernels, decode steps and loading; ``results/`` holds what was measured."""

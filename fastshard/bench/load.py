@@ -18,52 +18,20 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import fastshard
+from fastshard.bench.checkpoints import write_checkpoint
 
-HIDDEN, INTERMEDIATE, VOCAB, NUM_HEADS, NUM_KV_HEADS = 4096, 14336, 32000, 32, 8
-
-
-def write_checkpoint(path: Path, num_layers: int) -> None:
-    head_dim = HIDDEN // NUM_HEADS
-    config = {
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "vocab_size": VOCAB,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": NUM_HEADS,
-        "num_key_value_heads": NUM_KV_HEADS,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "dtype": "bfloat16",
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    shapes = {
-        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-        "self_attn.k_proj.weight": (NUM_KV_HEADS * head_dim, HIDDEN),
-        "self_attn.v_proj.weight": (NUM_KV_HEADS * head_dim, HIDDEN),
-        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-        "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-        "input_layernorm.weight": (HIDDEN,),
-        "post_attention_layernorm.weight": (HIDDEN,),
-    }
-    files = [
-        {f"model.layers.{i}.{name}": shape for name, shape in shapes.items()}
-        for i in range(num_layers)
-    ]
-    ends = ("model.embed_tokens.weight", "lm_head.weight")
-    files.append({name: (VOCAB, HIDDEN) for name in ends} | {"model.norm.weight": (HIDDEN,)})
-    weight_map = {}
-    for i, file in enumerate(files):
-        name = f"model-{i:05d}.safetensors"
-        weight_map |= dict.fromkeys(file, name)
-        tensors = {key: torch.rand(shape, dtype=torch.bfloat16) for key, shape in file.items()}
-        save_file(tensors, path / name)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "vocab_size": 32000,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
 
 
 def peak_bytes() -> int:
@@ -128,7 +96,8 @@ def main() -> None:
             args.json.write_text(json.dumps(result, indent=2) + "\n")
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), max(1, round((args.gib - 0.49) / 0.406)))
+        num_layers = max(1, round((args.gib - 0.49) / 0.406))
+        write_checkpoint(Path(folder), CONFIG | {"num_hidden_layers": num_layers})
         command = [sys.executable, __file__, "--measure", folder]  # -m would prefer a checkout
         command += ["--device", args.device, "--shard", args.shard]
         if args.json:

@@ -1,0 +1,116 @@
+"""``fastshard bench``: measure the limits, then one line a variant, then the JSON."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastshard.bench import attention, decode, linear, mlp, report, start
+from fastshard.bench.case import Bench, Problem, Settings, run_case
+from fastshard.bench.limits import Limits
+from fastshard.bench.presets import preset
+from fastshard.bench.timing import Stopwatch
+from fastshard.devices import check_device
+
+BENCHMARKS: dict[str, Callable[[Bench], Iterator[Problem]]] = {
+    "attention": attention.problems,
+    "linear": linear.problems,
+    "mlp": mlp.problems,
+    "decode": decode.problems,
+}
+NAMES = (*BENCHMARKS, "start")
+"""In the order in which they run; ``start`` measures processes of its own."""
+
+
+def run(
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    command: Sequence[str] = (),
+    json_path: Path | None = None,
+    time_limit: float | None = None,
+    rounds: int = 50,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run benchmarks on the current GPU.
+
+    Args:
+        names: Of ``NAMES``.
+        settings: What to run; its deadline is set here.
+        command: For the JSON.
+        json_path: Written at the end.
+        time_limit: Seconds after which no peer is compiled any more.
+        rounds: At most this many samples a variant.
+        say: Is given each line.
+
+    Raises:
+        ValueError: a model does not exist, or has not that many layers or positions.
+        RuntimeError: there is no GPU that this build serves.
+    """
+    for name in settings.models or ():
+        preset(
+            name,
+            num_layers=settings.num_layers,
+            max_seq_len=settings.contexts and max(settings.contexts),
+        )
+    device = _current_gpu()
+    begin = time.monotonic()
+    if time_limit is not None:
+        settings = replace(settings, deadline=begin + time_limit)
+    stopwatch = Stopwatch(device, rounds=rounds)
+    limits = Limits(device, stopwatch)
+    environment = report.describe_environment(device)
+    for line in report.introduction(environment, limits.describe()):
+        say(line)
+    bench = Bench(device, stopwatch, limits, settings)
+    found: list[report.Line | report.Skipped | dict] = []
+
+    def keep(result: report.Line | report.Skipped | dict) -> None:
+        found.append(result)
+        say(start.text(result) if isinstance(result, dict) else result.text())
+        if json_path is not None:  # each time: what was measured before a failure is not lost
+            report.write_json(
+                json_path,
+                command=command,
+                environment=environment,
+                limits=limits.describe(),
+                results=found,
+            )
+
+    for name in sorted(set(names), key=NAMES.index):
+        if name == "start":
+            measured = start.run(settings)
+        else:
+            say(report.HEADER)
+            measured = _results(BENCHMARKS[name](bench), bench)
+        for result in measured:
+            keep(result)
+    say(f"{time.monotonic() - begin:.0f} s in all; {report.READ_NOTE}")
+
+
+def _results(problems: Iterable[Problem], bench: Bench) -> Iterator[report.Line | report.Skipped]:
+    """Run one case after the other; gives the device's memory back in between."""
+    for problem in problems:
+        try:
+            for case in problem.cases():
+                yield from run_case(case, bench)
+                del case
+        except torch.OutOfMemoryError as error:
+            reason = " ".join(str(error).split())[:200]
+            yield report.Skipped(problem.name, "all", problem.shape, reason)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _current_gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"bench measures on a GPU, and torch {torch.__version__} sees none; "
+            "without one, fastshard info says what is installed"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    check_device(device)
+    return device

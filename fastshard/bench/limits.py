@@ -1,0 +1,116 @@
+"""What this device can do at best, measured in the same run: the 100 % of every figure.
+
+The read limit of a case is that of a plain reduction over as many bytes as the case reads, under
+the same timing (cold, in a graph, the node included): the fastest of several shapes of a Triton
+kernel and of PyTorch's own reduction.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastshard.bench.timing import GraphRun, Stopwatch, num_nodes, num_sets
+
+MAX_READ_BYTES = 4 * 2**30  # the rate is the same from there on
+COPY_BYTES = 2**30
+MATMUL_SIZE = 8192
+# int32 elements a load, loads a program, warps; the first ones suit small sizes
+SHAPES = [(2048, 1, 4), (4096, 2, 4), (4096, 4, 8), (8192, 4, 8)]
+
+Reader = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class ReadLimit:
+    """The fastest plain read of ``num_bytes``: microseconds, rate, and by what."""
+
+    num_bytes: int
+    us: float
+    gbps: float
+    by: str
+
+
+class Limits:
+    """Measures limits on one device.
+
+    Attributes:
+        copy_gbps: Of a copy within the device, bytes read and bytes written.
+        node_us: Of a node of a graph whose kernel does nothing.
+        matmul_tflops: Of a square bfloat16 matrix product by PyTorch.
+        missing: What could not be measured, and why.
+    """
+
+    def __init__(self, device: torch.device, stopwatch: Stopwatch):
+        self._device, self._stopwatch = device, stopwatch
+        self._reads: dict[int, ReadLimit] = {}
+        self._readers, self._nothing, self.missing = _readers()
+        source = torch.empty(COPY_BYTES // 4, dtype=torch.int32, device=device).random_()
+        target = torch.empty_like(source)
+        a, b = (torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device) / 64).bfloat16()
+        out = torch.empty_like(a)
+        runs = {
+            "copy": GraphRun(lambda i: target.copy_(source), 2),
+            "copy by a kernel": GraphRun(lambda i: torch.bitwise_not(source, out=target), 2),
+            "node": GraphRun(lambda i: self._nothing(target), 200),
+            "matmul": GraphRun(lambda i: torch.mm(a, b, out=out), 2),
+        }
+        times = {name: timing.us for name, timing in stopwatch.measure(runs).items()}
+        self.copy_gbps = 2 * COPY_BYTES / min(times["copy"], times["copy by a kernel"]) / 1e3
+        self.node_us = times["node"]
+        self.matmul_tflops = 2 * MATMUL_SIZE**3 / times["matmul"] / 1e6
+
+    def read(self, num_bytes: int) -> ReadLimit:
+        """The limit of reading ``num_bytes``, measured once for sizes within 2 %."""
+        for size, limit in self._reads.items():
+            if abs(size - num_bytes) <= 0.02 * num_bytes:
+                return replace(limit, num_bytes=num_bytes, us=num_bytes / limit.gbps / 1e3)
+        self._reads[num_bytes] = self._measure_read(num_bytes)
+        return self._reads[num_bytes]
+
+    def describe(self) -> dict:
+        """All that was measured, as plain values."""
+        return {
+            "copy_gbps": self.copy_gbps,
+            "graph_node_us": self.node_us,
+            "matmul_tflops": self.matmul_tflops,
+            "read": [asdict(self._reads[size]) for size in sorted(self._reads)],
+            "missing": self.missing,
+        }
+
+    def _measure_read(self, num_bytes: int) -> ReadLimit:
+        size = min(num_bytes, MAX_READ_BYTES, torch.cuda.mem_get_info(self._device)[0] // 2)
+        sets = num_sets(size, self._stopwatch.l2_bytes)
+        arena = torch.empty(sets * (size // 4), dtype=torch.int32, device=self._device).random_()
+        parts = arena.view(sets, -1).unbind()
+        sums = torch.empty(size // 4 // 2048 + 1, dtype=torch.int32, device=self._device)
+        calls = max(sets, num_nodes(size))
+        runs = {
+            name: GraphRun(lambda i, read=reader: read(parts[i % sets], sums), calls)
+            for name, (reader, least) in self._readers.items()
+            if size >= least
+        }
+        times = self._stopwatch.measure(runs)
+        by = min(times, key=lambda name: times[name].us)
+        return ReadLimit(num_bytes, times[by].us * num_bytes / size, size / times[by].us / 1e3, by)
+
+
+def _readers() -> tuple[dict[str, tuple[Reader, int]], Callable[[Tensor], object], list[str]]:
+    """Ways to read a buffer, each with the least bytes it is for; a kernel that does nothing.
+
+    Third, what is missing and why.
+    """
+    readers: dict[str, tuple[Reader, int]] = {
+        "torch.sum": (lambda x, sums: x.view(torch.float32).sum(), 0)
+    }
+    try:
+        from fastshard.bench import read_kernel
+    except ImportError as error:
+        missing = [f"the Triton read kernel: {error}; PyTorch's reduction is the read limit"]
+        return readers, lambda x: x[:1].add_(1), missing
+    for block, blocks, warps in SHAPES:
+        read = partial(read_kernel.read, block=block, blocks=blocks, num_warps=warps)
+        readers[f"triton {block}x{blocks}, {warps} warps"] = (read, 4 * block * blocks)
+    return readers, read_kernel.nothing, []
