@@ -7,7 +7,14 @@ import sys
 
 import pytest
 import torch
-from tiny_checkpoints import SIZES, edit_json, edit_tensors, make_reference, write_tokenizer
+from tiny_checkpoints import (
+    FAMILIES,
+    SIZES,
+    edit_json,
+    edit_tensors,
+    make_reference,
+    write_tokenizer,
+)
 
 import fastshard
 from fastshard import cli
@@ -18,6 +25,7 @@ def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "vocab_size", 258)
+        patch.setitem(FAMILIES["llama"][2], "head_dim", 64)  # one that ops.decode_step takes
         make_reference("llama").save_pretrained(path)
     write_tokenizer(path, chat_template="{{ messages[0].content | upper }}:")
     edit_json(path / "config.json", eos_token_id=None)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastshard.ops._checks import check_device, check_dtype, check_floating
 from fastshard.ops.activation import ACTIVATIONS
-from fastshard.ops.attention import MAX_HEAD_DIM
 
 MAX_BATCH = 8
 MAX_LAYERS = 128
-MAX_GROUP = 16  # query heads of one key/value head
+MAX_GROUP = 8  # query heads of one key/value head
+HEAD_DIMS = (64, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ def decode_step_refusal(
         if not 1 <= value <= most:
             return f"{name} must be 1 to {most}, got {value}"
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
-    for name, value in (sizes | {"head_dim": head_dim}).items():
+    for name, value in sizes.items():
         if value < 8 or value % 8:
             return f"{name} must be a positive multiple of 8, got {value}"
-    if head_dim > MAX_HEAD_DIM:
-        return f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     if num_kv_heads < 1 or num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
         return (
             f"num_heads must be 1 to {MAX_GROUP} times the {num_kv_heads} key/value heads, "

@@ -96,7 +96,8 @@ def decode_step(
     Args:
         x: ``[b]`` int64 tokens with an embedding, each a row of it; else the hidden state, ``[b,
             hidden_size]``, dtype of the weights. b is 1 to 8.
-        weights: float16, bfloat16, or float32 (not on CUDA).
+        weights: float16, bfloat16, or float32 (not on CUDA); of 1 to 128 layers. hidden_size and
+            intermediate_size are multiples of 8, head_dim is 64, 96 or 128.
         k_cache: A layer's ``[B, num_kv_heads, max_seq_len, head_dim]``, ``B >= b``, contiguous, one
             shape for all layers; dtype of the weights. Row ``i`` of the batch writes slot
             ``slots[i]`` and attends to slots ``first_key[i]`` to ``slots[i]``.
@@ -110,7 +111,7 @@ def decode_step(
         workspace: From :func:`new_decode_workspace`, for at least b rows.
         out: ``[b, vocab_size]`` float32 logits of the last shard, rounded to the dtype of the
             weights before; else the hidden state, as ``x``.
-        num_heads: Query heads.
+        num_heads: Query heads, 1 to 8 times the key/value heads.
         norm_eps: Of every norm.
         weight_in_fp32: Of every norm, as in :func:`rms_norm`.
         rope_interleaved: As in :func:`apply_rope`.

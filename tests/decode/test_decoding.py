@@ -18,7 +18,7 @@ from fastshard import Shard, ShardChain, decode, generate_batch, ops
 from fastshard.decode import modes, static
 from fastshard.models import inputs
 from fastshard.sampling import Sampling
-from helpers import CUDA_ONLY, assert_as_accurate
+from helpers import CUDA_ONLY, assert_as_accurate, skip_without_decode_kernel
 
 SAMPLED = Sampling(temperature=1.2, top_k=60, top_p=0.95, seed=3)
 PROMPT = [40, 41, 42, 43, 44]
@@ -71,11 +71,17 @@ def graphs(monkeypatch):
     return made
 
 
+@pytest.fixture(autouse=True)
+def _needs_the_kernel(request):
+    skip_without_decode_kernel(request)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("bytes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "vocab_size", 258)
+        patch.setitem(FAMILIES["llama"][2], "head_dim", 64)
         make_reference("llama").save_pretrained(path)
     write_tokenizer(path)
     edit_json(path / "config.json", eos_token_id=None)
@@ -292,6 +298,22 @@ def test_a_text_that_begins_in_inference_mode(mode, model, graphs):
 
 
 @CAPTURED
+def test_weights_that_require_grad_leave_no_trace(mode, model, graphs):
+    model.requires_grad_(True)
+    needed = []
+
+    class Spy(Sampling):
+        def choose(self, logits, draw):
+            needed.append(logits.requires_grad)
+            return super().choose(logits, draw)
+
+    decoding = start(model, prefill(model), mode, sampling=Spy())
+    for _ in range(3):
+        decoding.step()
+    assert needed == [False, False]
+
+
+@CAPTURED
 def test_weights_are_read_anew_for_each_prompt(mode, path, model, graphs):
     generate_batch(model, [PROMPT], max_new_tokens=3, decode=mode)
     state = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
@@ -299,11 +321,11 @@ def test_weights_are_read_anew_for_each_prompt(mode, path, model, graphs):
         if name.endswith("w1.weight"):
             tensor.neg_()
     model.model.load_state_dict(state, assign=True)
-    model.to(torch.bfloat16)
-    model.model.setup_caches(1, torch.bfloat16)
+    model.to(torch.bfloat16).to(torch.float32)  # other memory, other values
+    model.model.setup_caches(1, torch.float32)
     expected = generate_batch(model, [PROMPT], max_new_tokens=9, decode="eager")
     assert generate_batch(model, [PROMPT], max_new_tokens=9, decode=mode) == expected
-    fresh = fastshard.load(path, device="cpu", dtype=torch.bfloat16)
+    fresh = fastshard.load(path, device="cpu")
     assert generate_batch(fresh, [PROMPT], max_new_tokens=9) != expected
 
 
@@ -430,7 +452,9 @@ class Forced:
 @pytest.fixture(params=FAMILIES, scope="module")
 def family(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
-    make_reference(request.param).save_pretrained(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES[request.param][2], "head_dim", 64)  # of those that the op takes
+        make_reference(request.param).save_pretrained(path)
     return path
 
 

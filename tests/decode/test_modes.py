@@ -8,7 +8,7 @@ import torch
 from fastshard import ModelConfig, Shard
 from fastshard.decode import MODES, check_mode, modes
 
-CONFIG = ModelConfig("llama", 96, 64, 80, 200, 8, 2, 16, 32, 1e-5)
+CONFIG = ModelConfig("llama", 96, 64, 80, 200, 8, 2, 64, 32, 1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,8 @@ UNSUPPORTED = [
     (9, {}, "batch must be 1 to 8, got 9"),
     (1, {"hidden_size": 60}, "hidden_size must be a positive multiple of 8, got 60"),
     (1, {"intermediate_size": 84}, "intermediate_size must be a positive multiple of 8, got 84"),
-    (1, {"num_heads": 34}, "num_heads must be 1 to 16 times the 2 key/value heads, got 34"),
+    (1, {"num_heads": 34}, "num_heads must be 1 to 8 times the 2 key/value heads, got 34"),
+    (1, {"head_dim": 80}, "head_dim must be one of 64, 96, 128, got 80"),
     (1, {"hidden_act": "tanh"}, "activation must be one of .*, got 'tanh'"),
     (1, {"layers": 129}, "num_layers must be 1 to 128, got 129"),
 ]
