@@ -8,6 +8,7 @@ import fastshard
 from fastshard import Shard, ShardChain, generate_batch
 from fastshard.generate import TextStream
 from fastshard.sampling import Sampling
+from fastshard.token_loop import read_behind
 
 SAMPLED = {"temperature": 1.2, "top_k": 60, "top_p": 0.95, "seed": 3}
 
@@ -93,6 +94,23 @@ def test_a_batch_of_ended_rows_takes_no_more_steps(path, monkeypatch):
     )
     generate_batch(model, [[40, 41]], max_new_tokens=20, eos_tokens=range(258))
     assert len(calls) == 1
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_tokens_are_read_in_order_and_on_a_gpu_one_step_late(count, device):
+    launched = []
+
+    def steps():
+        for i in range(count):
+            launched.append(i)
+            yield torch.tensor([i, 10 * i], device=device)
+
+    lag = 1 if device.type == "cuda" else 0
+    for i, tokens in enumerate(read_behind(steps())):
+        assert tokens == [i, 10 * i]
+        assert len(launched) == min(i + 1 + lag, count)
+    assert len(launched) == count
 
 
 def test_stream_gives_the_text_of_the_tokens(model):

@@ -53,7 +53,8 @@ def decode_workspace_size(
 def new_decode_workspace(weights: DecodeWeights, batch: int, *, num_heads: int) -> Tensor:
     """Make what :func:`decode_step` keeps between calls: int32 zeros, on the weights' device.
 
-    Its content is the op's own. Steps that may overlap, as on two streams, need one each.
+    Its content is the op's own: other weights need another, and so do steps that may overlap, as
+    on two streams.
     """
     sizes = decode_sizes(weights, num_heads)
     size = _workspace_size(batch, num_heads, sizes)
@@ -94,7 +95,7 @@ def decode_step(
     :func:`fused_mlp` with the residual; each result is rounded to the dtype of the weights.
 
     Args:
-        x: ``[b]`` int64 tokens with an embedding, each a row of it; else the hidden state, ``[b,
+        x: ``[b]`` int64 tokens with an embedding, rows of it; else the hidden state, ``[b,
             hidden_size]``, dtype of the weights. b is 1 to 8.
         weights: float16, bfloat16, or float32 (not on CUDA); of 1 to 128 layers. hidden_size and
             intermediate_size are multiples of 8, head_dim is 64, 96 or 128.
@@ -107,8 +108,9 @@ def decode_step(
         slots: ``[b]`` int64, rows of the caches; each row has its own.
         first_key: ``[b]`` int64, slots before it (left padding) are not attended to.
         overflow: ``[1]`` int32, set to 1 where a slot or a position was out of range: that row is
-            not written to the caches, and its output means nothing.
-        workspace: From :func:`new_decode_workspace`, for at least b rows.
+            not written to the caches, and its output means nothing. Also where a token was: that
+            row is as of token 0.
+        workspace: From :func:`new_decode_workspace`, for at least b rows; of these weights alone.
         out: ``[b, vocab_size]`` float32 logits of the last shard, rounded to the dtype of the
             weights before; else the hidden state, as ``x``.
         num_heads: Query heads, 1 to 8 times the key/value heads.
@@ -178,7 +180,7 @@ def _(*arguments) -> None:
     def normed(x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, eps, weight_in_fp32=in_fp32)
 
-    x = step.x if step.embedding is None else step.embedding[step.x]
+    x = step.x if step.embedding is None else _embed(step, step.embedding)
     for i in range(len(step.sa_norm)):
         bias = step.output_bias[i] if step.output_bias else None
         heads = _attend(step, i, normed(x, step.sa_norm[i]), normed)
@@ -191,6 +193,14 @@ def _(*arguments) -> None:
             residual=x,
         )
     step.out.copy_(x if step.head is None else linear(normed(x, step.norm), step.head))
+
+
+def _embed(step: DecodeArguments, embedding: Tensor) -> Tensor:
+    """Rows of the embedding; a token that is none sets the flag, and reads the first."""
+    is_inside = (step.x >= 0) & (step.x < embedding.shape[0])
+    if not is_inside.all():
+        step.overflow.fill_(1)
+    return embedding[step.x.where(is_inside, 0)]
 
 
 def _attend(step: DecodeArguments, layer: int, x: Tensor, normed) -> Tensor:

@@ -302,6 +302,19 @@ def test_steps_share_a_workspace(device):
         given["positions"] += 1
 
 
+def test_the_batch_may_change_from_step_to_step(device):
+    """Rows end, and others begin, over one workspace."""
+    whole = make(Case(slots=(1, 3, 2, 5)), torch.float16, device)
+    for rows in (slice(0, 4), slice(1, 2), slice(0, 3), slice(2, 4), slice(0, 4)):
+        given = dict(whole)
+        for name in ("x", "slots", "positions", "out"):
+            given[name] = whole[name][rows]
+        for name in ("k_cache", "v_cache"):
+            given[name] = [cache[rows] for cache in whole[name]]
+        check(given)
+        given["slots"] += 1  # of these rows
+
+
 @pytest.mark.parametrize("part", ["whole", "middle"])
 def test_a_batch_of_fewer_rows_than_the_workspace_was_made_for(part, device):
     given = make(Case(slots=(5,), part=part), torch.float16, device)
@@ -351,6 +364,20 @@ def test_a_row_out_of_range_is_suppressed(part, which, wrong, device):
                 torch.testing.assert_close(
                     given[name][i][row, :, slot].double(), expected, rtol=2**-6, atol=2**-6
                 )
+
+
+@pytest.mark.parametrize("wrong", [-1, 83, 2**40, -(2**40)])
+def test_a_token_outside_the_vocabulary_reads_as_the_first(wrong, device):
+    given = make(Case(slots=(9, 4, 7)), torch.float16, device)
+    given["x"][1] = 0
+    twin = cast(given, torch.float16) | {"rope_table": given["rope_table"]}
+    twin["out"] = given["out"].clone()
+    ops.decode_step(**twin)
+    assert twin["overflow"].item() == 0
+    given["x"][1] = wrong
+    ops.decode_step(**given)
+    assert given["overflow"].item() == 1
+    assert torch.equal(given["out"], twin["out"])
 
 
 @HALVES
