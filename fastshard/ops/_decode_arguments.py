@@ -196,10 +196,11 @@ def check_weights(step: DecodeArguments, sizes: DecodeSizes) -> None:
         )
     if (step.norm is None) != (step.head is None):
         raise ValueError(f"norm and head must be given together, got {step.norm}, {step.head}")
+    vocab_size = "vocab_size" if step.embedding is None else step.embedding.shape[0]
     for name, shape in (
         ("norm", (hidden_size,)),
-        ("head", ("vocab_size", hidden_size)),
         ("embedding", ("vocab_size", hidden_size)),
+        ("head", (vocab_size, hidden_size)),
     ):
         if getattr(step, name) is not None:
             _check_tensor(name, getattr(step, name), shape, like.dtype, like.device)
@@ -257,7 +258,7 @@ def _check_tensor(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Raise unless it is contiguous and of this ``shape``, of which a word is any size above 0."""
+    """Raise unless it is contiguous, aligned and of ``shape``, whose words are any size above 0."""
     check_dtype(name, tensor, dtype)
     check_device(name, tensor, device)
     fits = tensor.dim() == len(shape) and all(
@@ -269,3 +270,8 @@ def _check_tensor(
             f"{name} must be contiguous [{', '.join(map(str, shape))}], "
             f"got shape {list(tensor.shape)} and strides {list(tensor.stride())}"
         )
+    if dtype == torch.int64 or torch.compiler.is_compiling():
+        return  # indices are read one by one, and tracing knows no offsets
+    offset = tensor.storage_offset() * tensor.element_size()
+    if offset % 16:
+        raise ValueError(f"{name} must be 16-byte aligned, got one {offset} bytes into its storage")

@@ -94,13 +94,15 @@ def decode_step(
     :func:`cached_attention`, :func:`linear` with the residual, :func:`rms_norm` and
     :func:`fused_mlp` with the residual; each result is rounded to the dtype of the weights.
 
+    All tensors are contiguous, and all but those of int64 16-byte aligned.
+
     Args:
         x: ``[b]`` int64 tokens with an embedding, rows of it; else the hidden state, ``[b,
             hidden_size]``, dtype of the weights. b is 1 to 8.
         weights: float16, bfloat16, or float32 (not on CUDA); of 1 to 128 layers. hidden_size and
             intermediate_size are multiples of 8, head_dim is 64, 96 or 128.
-        k_cache: A layer's ``[B, num_kv_heads, max_seq_len, head_dim]``, ``B >= b``, contiguous, one
-            shape for all layers; dtype of the weights. Row ``i`` of the batch writes slot
+        k_cache: A layer's ``[B, num_kv_heads, max_seq_len, head_dim]``, ``B >= b``, one shape for
+            all layers; dtype of the weights. Row ``i`` of the batch writes slot
             ``slots[i]`` and attends to slots ``first_key[i]`` to ``slots[i]``.
         v_cache: As ``k_cache``.
         rope_table: ``[max_positions, rotary_dim // 2, 2]``, float32, as in :func:`apply_rope`.

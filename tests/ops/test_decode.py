@@ -304,7 +304,7 @@ def test_steps_share_a_workspace(device):
 
 def test_the_batch_may_change_from_step_to_step(device):
     """Rows end, and others begin, over one workspace."""
-    whole = make(Case(slots=(1, 3, 2, 5)), torch.float16, device)
+    whole = make(Case(slots=(1, 3, 2, 5), vocab_size=84), torch.float16, device)
     for rows in (slice(0, 4), slice(1, 2), slice(0, 3), slice(2, 4), slice(0, 4)):
         given = dict(whole)
         for name in ("x", "slots", "positions", "out"):
@@ -449,7 +449,11 @@ WRONG = {
     "weight strides": (replaced(output_weight=each(lambda t: t.T.contiguous().T)), ValueError,
                        r"output_weight\[1\] must be .* got shape \[72, 256\] and strides \[1, 72"),
     "head shape": (replaced(head=lambda t: t[:, :64].contiguous()), ValueError,
-                   r"head must be contiguous \[vocab_size, 72\], got shape \[83, 64\]"),
+                   r"head must be contiguous \[83, 72\], got shape \[83, 64\]"),
+    "head rows": (replaced(head=lambda t: t[:80]), ValueError,
+                  r"head must be contiguous \[83, 72\], got shape \[80, 72\]"),
+    "alignment": (replaced(mlp_norm=each(lambda t: torch.cat([t, t])[4:76])), ValueError,
+                  r"mlp_norm\[1\] must be 16-byte aligned, got one 8 bytes into its storage"),
     "num_heads": ({"num_heads": 3}, ValueError,
                   "num_heads must divide output_weight's 256 columns, got 3"),
     "qkv rows": (replaced(qkv_weight=lambda t: [x[:-64].contiguous() for x in t]), ValueError,
