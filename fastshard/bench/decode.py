@@ -28,9 +28,13 @@ from fastshard.sampling import Sampling
 PROBLEMS = (("llama-3.2-1b", 1), ("llama-3.2-1b", 8), ("qwen2.5-0.5b", 1), ("llama-3.1-8b", 1))
 """Models and batches of the goals."""
 COMPILED = (("llama-3.2-1b", 1), ("qwen2.5-0.5b", 1))
-"""Where peers are compiled, which takes a minute each, unless all are asked for."""
+"""Where peers are compiled, which takes long, unless all are asked for."""
+COMPILERS = {
+    "compile": {"mode": "reduce-overhead"},
+    # gpt-fast's settings: products of one row become reductions, which are tuned one by one
+    "autotune": {"options": {"triton.cudagraphs": True, "coordinate_descent_tuning": True}},
+}
 CONTEXT = 1024
-BURST = 8  # steps between two events
 GREEDY_STEPS = 128
 
 Step = Callable[[Tensor], Tensor]
@@ -116,11 +120,10 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
                 raise Unavailable("see the step without sampling")
             if kind == "compile" and (name, batch) not in COMPILED and not settings.compiles_all:
                 raise Unavailable("compiled for this model and batch only with --compile-all")
-            steps[kind] = (
-                _compiled(bench, plain, tokens, position)
-                if kind == "compile"
-                else lambda tokens: plain(tokens, position)
-            )
+            if kind == "eager":
+                steps[kind] = lambda tokens: plain(tokens, position)
+            else:
+                steps[kind] = _compiled(bench, plain, tokens, position, **COMPILERS[kind])
         return _call(steps[kind], tokens, sampled)
 
     def ours(mode: str, sampled: bool) -> Call:
@@ -131,7 +134,7 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
             return Generating(model, tokens, context, mode)
         return _call(own_step(model, mode, batch, context), tokens, False)
 
-    peers = ("eager", "compile")
+    peers = ("eager", *COMPILERS)
     for sampled in (False, True):
         yield Case(
             name="decode",
@@ -147,7 +150,7 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
                 ),
                 *bench.peers({kind: partial(peer, kind, sampled) for kind in peers}),
             ],
-            make_run=lambda call: BurstRun(call, BURST),
+            make_run=BurstRun,
             # of chosen tokens, how far float64's logits of them are below the largest
             compared=(lambda out: _logits_of(out, golden)) if sampled else (lambda out: out),
         )
@@ -174,10 +177,11 @@ def _call(step: Step, tokens: Tensor, sampled: bool) -> Call:
     return call
 
 
-def _compiled(bench: Bench, plain: PlainDecoder, tokens: Tensor, position: Tensor) -> Step:
-    """The static-cache step as gpt-fast compiles it: CUDA graphs, and tuned reductions for b 1."""
-    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-    function = bench.compiled(plain.copied("matmul"), options=options)
+def _compiled(
+    bench: Bench, plain: PlainDecoder, tokens: Tensor, position: Tensor, **settings
+) -> Step:
+    """The step as gpt-fast has it: static caches, one graph, attention left to the compiler."""
+    function = bench.compiled(plain.copied("matmul"), **settings)
 
     def step(tokens: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -206,7 +210,7 @@ class Generating:
     """The steps of ``generate``, from slot ``context - 1`` until the cache is full, then anew."""
 
     def __init__(self, model: ShardedGeneralModel, tokens: Tensor, context: int, mode: str):
-        self._caches = _caches(model)
+        self._caches, self._mode = _caches(model), mode
         self._num_held, self._num_steps = context - 1, 0
         self._room = self._caches[0].max_seq_len - self._num_held
         self._start = partial(
@@ -228,7 +232,10 @@ class Generating:
         for cache in self._caches:  # other variants count in the same caches
             cache.size = held
         self._num_steps += 1
-        return self._decoding.step()
+        tokens = self._decoding.step()
+        if self._decoding.mode != self._mode:
+            raise Unavailable(f"it fell back to {self._decoding.mode}")
+        return tokens
 
 
 def _captured(step: Step, batch: int, device: torch.device) -> Step:

@@ -17,8 +17,16 @@ from fastshard.bench.timing import GraphRun, Stopwatch, num_nodes, num_sets
 MAX_READ_BYTES = 4 * 2**30  # the rate is the same from there on
 COPY_BYTES = 2**30
 MATMUL_SIZE = 8192
-# int32 elements a load, loads a program, warps; the first ones suit small sizes
-SHAPES = [(2048, 1, 4), (4096, 2, 4), (4096, 4, 8), (8192, 4, 8)]
+# int32 elements a load, loads at a time, warps, programs a multiprocessor (None: one round of all)
+SHAPES = [
+    (2048, 1, 4, None),
+    (4096, 1, 8, None),
+    (4096, 2, 4, None),
+    (4096, 4, 8, None),
+    (8192, 4, 8, None),
+    (2048, 2, 4, 8),
+    (4096, 2, 8, 4),
+]
 
 Reader = Callable[[Tensor, Tensor], None]
 
@@ -46,7 +54,9 @@ class Limits:
     def __init__(self, device: torch.device, stopwatch: Stopwatch):
         self._device, self._stopwatch = device, stopwatch
         self._reads: dict[int, ReadLimit] = {}
-        self._readers, self._nothing, self.missing = _readers()
+        self._readers, self._nothing, self.missing = _readers(
+            torch.cuda.get_device_properties(device).multi_processor_count
+        )
         source = torch.empty(COPY_BYTES // 4, dtype=torch.int32, device=device).random_()
         target = torch.empty_like(source)
         a, b = (torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device) / 64).bfloat16()
@@ -83,34 +93,37 @@ class Limits:
     def _measure_read(self, num_bytes: int) -> ReadLimit:
         size = min(num_bytes, MAX_READ_BYTES, torch.cuda.mem_get_info(self._device)[0] // 2)
         sets = num_sets(size, self._stopwatch.l2_bytes)
-        arena = torch.empty(sets * (size // 4), dtype=torch.int32, device=self._device).random_()
+        size -= size % 64  # whole vectors
+        arena = torch.empty(sets * size // 4, dtype=torch.int32, device=self._device).random_()
         parts = arena.view(sets, -1).unbind()
-        sums = torch.empty(size // 4 // 2048 + 1, dtype=torch.int32, device=self._device)
+        sums = torch.empty(size // 4 // 2048 + 4096, dtype=torch.int32, device=self._device)
         calls = max(sets, num_nodes(size))
-        runs = {
-            name: GraphRun(lambda i, read=reader: read(parts[i % sets], sums), calls)
-            for name, (reader, least) in self._readers.items()
-            if size >= least
-        }
+        runs = {}
+        for name, read in list(self._readers.items()):
+            try:
+                runs[name] = GraphRun(lambda i, read=read: read(parts[i % sets], sums), calls)
+            except Exception as error:  # a compiler that fails; one way to read is left
+                self.missing.append(f"{name}: {' '.join(str(error).split())[:200]}")
+                del self._readers[name]
         times = self._stopwatch.measure(runs)
         by = min(times, key=lambda name: times[name].us)
         return ReadLimit(num_bytes, times[by].us * num_bytes / size, size / times[by].us / 1e3, by)
 
 
-def _readers() -> tuple[dict[str, tuple[Reader, int]], Callable[[Tensor], object], list[str]]:
-    """Ways to read a buffer, each with the least bytes it is for; a kernel that does nothing.
-
-    Third, what is missing and why.
-    """
-    readers: dict[str, tuple[Reader, int]] = {
-        "torch.sum": (lambda x, sums: x.view(torch.float32).sum(), 0)
-    }
+def _readers(
+    multiprocessors: int,
+) -> tuple[dict[str, Reader], Callable[[Tensor], object], list[str]]:
+    """Ways to read a buffer, a kernel that does nothing, and what is missing and why."""
+    readers: dict[str, Reader] = {"torch.sum": lambda x, sums: x.view(torch.float32).sum()}
     try:
         from fastshard.bench import read_kernel
     except ImportError as error:
         missing = [f"the Triton read kernel: {error}; PyTorch's reduction is the read limit"]
         return readers, lambda x: x[:1].add_(1), missing
-    for block, blocks, warps in SHAPES:
-        read = partial(read_kernel.read, block=block, blocks=blocks, num_warps=warps)
-        readers[f"triton {block}x{blocks}, {warps} warps"] = (read, 4 * block * blocks)
+    for block, blocks, warps, resident in SHAPES:
+        programs = resident and resident * multiprocessors
+        name = f"triton {block}x{blocks}, {warps} warps, {programs or 'all'} programs"
+        readers[name] = partial(
+            read_kernel.read, block=block, blocks=blocks, num_warps=warps, num_programs=programs
+        )
     return readers, read_kernel.nothing, []

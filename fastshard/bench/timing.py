@@ -10,9 +10,9 @@ host shows it. In front of either the L2 is overwritten, which also lets the hos
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from torch import Tensor
 COLD_FACTOR = 6  # of random replacement this leaves 0.3 % of the reads in the cache
 REPLAY_BYTES = 2 * 10**9  # read by one replay: the events around it are then noise
 MAX_NODES = 256
+BURST_SECONDS = 0.01
+
+Key = TypeVar("Key", bound=Hashable)
+"""What a run is known by."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,16 @@ class GraphRun:
 
 
 class BurstRun:
-    """``calls`` calls as the host issues them."""
+    """``calls`` calls as the host issues them: 2 to 8, about ``BURST_SECONDS`` long."""
 
-    def __init__(self, function: Callable[[int], object], calls: int):
-        self.calls = calls
+    def __init__(self, function: Callable[[int], object]):
         self._function = function
+        function(0)  # set up
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function(0)
+        torch.cuda.synchronize()
+        self.calls = num_calls(time.perf_counter() - begin)
 
     def __call__(self) -> None:
         for i in range(self.calls):
@@ -92,6 +101,11 @@ def num_nodes(num_bytes: int) -> int:
     return max(least, min(MAX_NODES, REPLAY_BYTES // num_bytes))
 
 
+def num_calls(seconds: float) -> int:
+    """Calls of a burst, where one takes so long."""
+    return max(2, min(8, round(BURST_SECONDS / seconds)))
+
+
 class Stopwatch:
     """Times runs on one device.
 
@@ -107,18 +121,18 @@ class Stopwatch:
         device: torch.device,
         *,
         rounds: int = 50,
-        seconds: float = 1.0,
+        seconds: float = 2.0,
         warmup_seconds: float = 0.05,
     ):
         self.l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._rounds, self._seconds, self._warmup = rounds, seconds, warmup_seconds
         self._flushed = torch.empty(4 * self.l2_bytes, dtype=torch.uint8, device=device)
 
-    def measure(self, runs: Mapping[str, Run]) -> dict[str, Timing]:
-        """Time every run, in turn, several rounds."""
+    def measure(self, runs: Mapping[Key, Run], rounds: int | None = None) -> dict[Key, Timing]:
+        """Time every run, in turn, several rounds: as many as there is time for, or ``rounds``."""
         total = sum(self._warm_up(run) for run in runs.values())
-        rounds = max(5, min(self._rounds, int(self._seconds / max(total, 1e-9))))
-        samples: dict[str, list[float]] = {name: [] for name in runs}
+        rounds = rounds or max(5, min(self._rounds, int(self._seconds / max(total, 1e-9))))
+        samples: dict[Key, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
                 samples[name].append(self._once(run) / run.calls)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from fastshard.bench.case import Unavailable
 from fastshard.bench.decode import Generating, decode_bytes, decode_flops, own_step, random_model
 from fastshard.bench.plain_decoder import PlainDecoder
 from fastshard.bench.presets import preset
@@ -79,3 +80,10 @@ def test_generating_goes_on_and_starts_again(model, mode):
         other(0)  # counts in the same caches
         chosen.append(generating(0).tolist())
     assert chosen == expected * 2
+
+
+def test_a_step_in_another_mode_is_not_timed(model):
+    with pytest.warns(RuntimeWarning, match="a CUDA graph needs a GPU"):
+        generating = Generating(model, TOKENS, 16, "graph")
+    with pytest.raises(Unavailable, match="it fell back to eager"):
+        generating(0)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastshard.bench.timing import Timing, num_nodes, num_sets, relative_error
+from fastshard.bench.timing import Timing, num_calls, num_nodes, num_sets, relative_error
+from helpers import CUDA_ONLY
 
 MIB = 2**20
 
@@ -30,6 +31,26 @@ def test_inputs_are_six_times_the_l2(num_bytes, sets):
 )
 def test_a_graph_reads_two_gigabytes(num_bytes, nodes):
     assert num_nodes(num_bytes) == nodes
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls"), [(1e-4, 8), (0.001, 8), (0.002, 5), (0.004, 2), (0.5, 2)]
+)
+def test_a_burst_is_ten_milliseconds(seconds, calls):
+    assert num_calls(seconds) == calls
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("num_programs", [None, 5])
+def test_the_read_kernel_reads_everything(device, num_programs):
+    read_kernel = pytest.importorskip("fastshard.bench.read_kernel", exc_type=ImportError)
+    x = torch.randint(-(2**31), 2**31 - 1, (256 * 41 + 16,), dtype=torch.int32, device=device)
+    sums = torch.full((100,), 7, dtype=torch.int32, device=device)
+    read_kernel.read(x, sums, 64, 4, 2, num_programs)
+    used = num_programs or 42
+    difference = sums[:used].sum() - x.sum()  # int64 of sums that wrapped at 32 bits
+    assert difference.item() % 2**32 == 0
+    assert sums[used:].eq(7).all()
 
 
 def test_relative_error_by_hand():
