@@ -1,6 +1,7 @@
 """Random checkpoints as Hugging Face lays them out, for benchmarks that load one."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,19 +19,23 @@ def write_checkpoint(path: Path, config: Mapping) -> None:
     (path / "config.json").write_text(json.dumps({"dtype": "bfloat16", **config}))
     hidden_size, vocab_size = config["hidden_size"], config["vocab_size"]
     shapes = layer_shapes(config)
-    files = [
+    files: list[dict] = [
         {f"model.layers.{i}.{name}": shape for name, shape in shapes.items()}
         for i in range(config["num_hidden_layers"])
     ]
-    ends = {"model.norm.weight": (hidden_size,)}
+    ends: dict[str, tuple[int, ...]] = {"model.norm.weight": (hidden_size,)}
     heads = ["lm_head.weight"] if not config.get("tie_word_embeddings") else []
     for name in ["model.embed_tokens.weight", *heads]:
         ends[name] = (vocab_size, hidden_size)
+    largest = max(math.prod(shape) for file in [*files, ends] for shape in file.values())
+    values = torch.rand(largest, dtype=torch.bfloat16)  # every tensor begins with the same ones
     weight_map = {}
     for i, file in enumerate([*files, ends]):
         name = f"model-{i:05d}.safetensors"
         weight_map |= dict.fromkeys(file, name)
-        tensors = {key: torch.rand(shape, dtype=torch.bfloat16) for key, shape in file.items()}
+        tensors = {
+            key: values[: math.prod(shape)].clone().view(shape) for key, shape in file.items()
+        }
         save_file(tensors, path / name)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 

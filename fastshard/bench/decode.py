@@ -25,7 +25,7 @@ from fastshard.models import ModelConfig, Shard, ShardedGeneralModel
 from fastshard.nn import KVCache
 from fastshard.sampling import Sampling
 
-PROBLEMS = (("llama-3.2-1b", 1), ("llama-3.2-1b", 8), ("qwen2.5-0.5b", 1), ("llama-3.1-8b", 1))
+PROBLEMS = (("llama-3.2-1b", 1), ("llama-3.2-1b", 8), ("llama-3.1-8b", 1), ("qwen2.5-0.5b", 1))
 """Models and batches of the goals."""
 COMPILED = (("llama-3.2-1b", 1), ("qwen2.5-0.5b", 1))
 """Where peers are compiled, which takes long, unless all are asked for."""

@@ -121,7 +121,7 @@ class Stopwatch:
         device: torch.device,
         *,
         rounds: int = 50,
-        seconds: float = 2.0,
+        seconds: float = 1.0,
         warmup_seconds: float = 0.05,
     ):
         self.l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size

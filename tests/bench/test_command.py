@@ -121,8 +121,8 @@ def test_default_shapes_are_the_goals():
     assert shapes("decode") == [
         "llama-3.2-1b, b1, 1024 keys",
         "llama-3.2-1b, b8, 1024 keys",
-        "qwen2.5-0.5b, b1, 1024 keys",
         "llama-3.1-8b, b1, 1024 keys",
+        "qwen2.5-0.5b, b1, 1024 keys",
     ]
     assert shapes("attention") == [f"b1 32/8 d128 {keys} keys" for keys in (1024, 4096, 32768)]
     assert shapes("mlp") == [
@@ -225,7 +225,7 @@ def test_a_short_run_on_a_gpu(tmp_path, capsys):
     if not torch.cuda.is_available():
         skip_or_fail("FASTSHARD_REQUIRE_GPU", "there is no CUDA device")
     path = tmp_path / "x.json"
-    arguments = ["--model", "qwen2.5-0.5b", "--layers", "2", "--context", "256", "--batch", "1"]
+    arguments = ["--model", "qwen2.5-0.5b", "--layers", "2", "--context", "1024", "--batch", "1"]
     arguments += ["--vs", "eager,sdpa", "--rounds", "5", "--json", str(path)]
     assert bench("attention", "linear", "mlp", "decode", *arguments) == 0, capsys.readouterr().err
     content = json.loads(path.read_text())
@@ -233,7 +233,10 @@ def test_a_short_run_on_a_gpu(tmp_path, capsys):
     assert {line["case"] for line in ours} == {"attention", "linear", "mlp", "decode"}
     for line in content["lines"]:
         assert 0 < line["percent_of_limit"] < 150, line
-        assert line["error"] <= 4 * line["eager_error"], line  # a whole model; ops have own tests
+        if "greedy" in line["shape"]:  # near ties: another token may be chosen, almost as likely
+            assert line["error"] < 0.05, line
+        else:
+            assert line["error"] <= 2 * line["eager_error"], line
     assert all(line["times_best_peer"] for line in ours)
     assert content["environment"]["code"]
     assert content["limits"]["copy_gbps"] > 0
