@@ -55,6 +55,7 @@ struct Lane {
   std::vector<Copy> copies;      // issued, not landed; oldest first
   std::vector<uint32_t> groups;  // committed: number of copies in each; oldest first
   uint32_t uncommitted;          // copies issued since the last commit
+  uint32_t polls;
 };
 
 struct Group {  // lanes that meet at a collective
@@ -77,6 +78,7 @@ struct Block {
   int arrived, votes;    // at the barrier
   const char* barrier;
   BarrierResult result;
+  std::vector<Lane*> named[16];  // that wait at a named barrier
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> buffer;  // shared memory between guards
   unsigned char* shared;
@@ -347,6 +349,7 @@ void prepare_block(Block& block, uint3 index, std::unique_ptr<Lane>* lanes) {
   block.ready_warps = num_warps == 32 ? ~0u : bit(num_warps) - 1;
   block.running = m.shape.threads;
   block.arrived = block.votes = 0;
+  for (auto& waiting : block.named) waiting.clear();
   block.warps.resize(num_warps);
   for (uint32_t w = 0; w < num_warps; ++w) {
     Warp& warp = block.warps[w];
@@ -367,6 +370,7 @@ void prepare_block(Block& block, uint3 index, std::unique_ptr<Lane>* lanes) {
       lane.copies.clear();
       lane.groups.clear();
       lane.uncommitted = 0;
+      lane.polls = 0;
       prepare(lane.context, lane.stack, kStackBytes, fiber_main);
     }
   }
@@ -528,6 +532,58 @@ BarrierResult block_barrier(const char* name, bool predicate) {
   return block.result;
 }
 
+void named_barrier(int id, int threads) {
+  if (id < 1 || id > 15) fail("bar.sync of barrier %d", id);
+  Lane& self = *m.current;
+  std::vector<Lane*>& waiting = self.warp->block->named[id];
+  waiting.push_back(&self);
+  self.waits_for = "bar.sync";
+  if (int(waiting.size()) < threads) return reschedule();
+  m.idle_yields = 0;
+  for (Lane* lane : waiting) make_ready(*lane->warp, bit(lane->lane));
+  waiting.clear();
+  reschedule();
+}
+
+namespace {
+
+struct Mbarrier {
+  uint16_t arrivals, missing, phase, mark;
+};
+static_assert(sizeof(Mbarrier) == 8);
+constexpr uint16_t kMbarrierMark = 0xba44;
+
+Mbarrier& checked(const void* barrier) {
+  auto& b = *static_cast<Mbarrier*>(const_cast<void*>(barrier));
+  if (b.mark != kMbarrierMark) fail("mbarrier that nobody has initialised");
+  return b;
+}
+
+}  // namespace
+
+void mbarrier_init(void* barrier, int arrivals) {
+  const auto count = static_cast<uint16_t>(arrivals);
+  *static_cast<Mbarrier*>(barrier) = {count, count, 0, kMbarrierMark};
+}
+
+void mbarrier_arrive(void* barrier) {
+  Mbarrier& b = checked(barrier);
+  m.idle_yields = 0;
+  if (--b.missing > 0) return;
+  b.missing = b.arrivals;
+  b.phase ^= 1;
+}
+
+bool mbarrier_test_wait(const void* barrier, int parity) {
+  if (checked(barrier).phase != parity) return true;
+  yield();
+  return checked(barrier).phase != parity;
+}
+
+void poll() {
+  if (++m.current->polls % 16 == 0) yield();
+}
+
 void grid_barrier() {
   if (!m.shape.cooperative) fail("grid_sync in a launch that is not cooperative");
   m.current->waits_for = "grid_sync";
@@ -627,6 +683,14 @@ void copy_async(unsigned char* shared, const void* global, uint32_t bytes) {
 void copy_async_commit() {
   Lane& self = *m.current;
   self.groups.push_back(self.uncommitted);
+  self.uncommitted = 0;
+}
+
+void copy_async_land() {
+  Lane& self = *m.current;
+  for (const Copy& copy : self.copies) land(copy);
+  self.copies.clear();
+  for (uint32_t& group : self.groups) group = 0;
   self.uncommitted = 0;
 }
 

@@ -12,6 +12,8 @@
 
 #include "simt.h"
 
+#undef __noinline__
+#define __noinline__ [[gnu::noinline]]
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __shared__

@@ -96,6 +96,43 @@ __device__ __forceinline__ uint32_t atom_global_add(uint32_t* global, uint32_t v
   return atomicAdd(global, value);
 }
 
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
+  simt::copy_async_land();
+  simt::mbarrier_arrive(simt::shared_pointer(barrier, 8, "cp.async.mbarrier.arrive"));
+}
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  simt::mbarrier_init(simt::shared_pointer(barrier, 8, "mbarrier.init"), arrivals);
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  simt::mbarrier_arrive(simt::shared_pointer(barrier, 8, "mbarrier.arrive"));
+}
+
+__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, int parity) {
+  return simt::mbarrier_test_wait(simt::shared_pointer(barrier, 8, "mbarrier.test_wait"), parity);
+}
+
+__device__ __forceinline__ void bar_sync(int id, int threads) { simt::named_barrier(id, threads); }
+
+__device__ __forceinline__ uint4 ld_shared_16(uint32_t shared) {
+  return *reinterpret_cast<const uint4*>(simt::shared_pointer(shared, 16, "ld.shared"));
+}
+
+__device__ __forceinline__ ulonglong2 ld_relaxed_2x64(const void* global) {
+  simt::poll();
+  return *static_cast<const ulonglong2*>(global);
+}
+
+__device__ __forceinline__ uint64_t ld_relaxed_64(const void* global) {
+  simt::poll();
+  return *static_cast<const uint64_t*>(global);
+}
+
+__device__ __forceinline__ void st_relaxed_64(void* global, uint64_t v) { *static_cast<uint64_t*>(global) = v; }
+
+__device__ __forceinline__ int mov_opaque(int x) { return x; }
+
 __device__ __forceinline__ float ex2(float x) { return exp2f(x); }
 
 }  // namespace fastshard::ptx
