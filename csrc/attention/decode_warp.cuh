@@ -46,15 +46,17 @@ struct DecodeColumns {
   float sum;   // of weights
 };
 
-// kFresh: keys and values may have been written by other blocks of the same launch.
-template <typename T, int kHeadDim, bool kFresh = false>
+// kFresh: keys and values may have been written by other blocks of the same launch. kKeepQueries: in registers; else they
+// are read from shared memory for each tile.
+template <typename T, int kHeadDim, bool kFresh = false, bool kKeepQueries = true>
 struct DecodeWarp {
   static constexpr int kKeyLoads = kHeadDim / 32;
   static constexpr int kWidth = kHeadDim % 64 == 0 ? 8 : 4;  // columns of a value that a lane loads at a time
   static constexpr int kValueLoads = kHeadDim / (8 * kWidth);
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128);
 
-  uint32_t q[kHeadDim / 16][4];
+  uint32_t q[kKeepQueries ? kHeadDim / 16 : 1][4];
+  const T* shared_q[2];                          // columns 8 t.. of rows g and g + 8, where they are not kept
   uint4 keys[2][kKeyLoads];                      // of the next tile, as the values
   uint32_t values[4][kValueLoads][kWidth / 2];
   OnlineSoftmax softmax;
@@ -125,13 +127,45 @@ struct DecodeWarp {
                                          float exp_scale, Hide hide) {
     for (int key = range.begin + tile * kDecodeKeys; key < range.end; key += step * kDecodeKeys) {
       const int next = key + step * kDecodeKeys;
-      float scores[2][4] = {};
-      multiply_queries_keys(scores);
-      if (next < range.end) load_keys(head, next, range);
-      hide(scores, key + threadIdx.x % 4 * 2);
-      softmax.update(scores, out, exp_scale);
-      accumulate_values(scores);
-      if (next < range.end) load_values(head, next, range);
+      attend_tile(
+          key, exp_scale, hide, [&] { if (next < range.end) load_keys(head, next, range); },
+          [&] { if (next < range.end) load_values(head, next, range); });
+    }
+  }
+
+  // Attend to the tile in the registers, whose first key is `key`. refill_keys, refill_values: called when the registers
+  // of the keys, and of the values, are free again.
+  template <typename Hide, typename RefillKeys, typename RefillValues>
+  __device__ __forceinline__ void attend_tile(int key, float exp_scale, Hide hide, RefillKeys refill_keys,
+                                              RefillValues refill_values) {
+    float scores[2][4] = {};
+    multiply_queries_keys(scores);
+    refill_keys();
+    hide(scores, key + threadIdx.x % 4 * 2);
+    softmax.update(scores, out, exp_scale);
+    accumulate_values(scores);
+    refill_values();
+  }
+
+  // One key and its value into the registers, from shared memory, as the first of a tile of zeros.
+  __device__ __forceinline__ void load_one(const T* key, const T* value) {
+    const int group = threadIdx.x % 32 / 4, thread = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kKeyLoads; ++i) {
+      const uint4 zero = make_uint4(0, 0, 0, 0);
+      keys[0][i] = group == 0 ? *reinterpret_cast<const uint4*>(key + 32 * i + 8 * thread) : zero;
+      keys[1][i] = zero;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int i = 0; i < kValueLoads; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWidth / 2; ++j) {
+          const T* from = value + (8 * i + group) * kWidth + 2 * j;
+          values[e][i][j] = e == 0 && thread == 0 ? *reinterpret_cast<const uint32_t*>(from) : 0;
+        }
+      }
     }
   }
 
@@ -167,10 +201,20 @@ struct DecodeWarp {
   __device__ __forceinline__ void multiply_queries_keys(float (&scores)[2][4]) const {
 #pragma unroll
     for (int i = 0; i < kKeyLoads; ++i) {
+      uint32_t a[2][4];
+      if constexpr (kKeepQueries) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) a[e / 4][e % 4] = q[2 * i + e / 4][e % 4];
+      } else {
+        const uint4 low = *reinterpret_cast<const uint4*>(shared_q[0] + 32 * i);
+        const uint4 high = *reinterpret_cast<const uint4*>(shared_q[1] + 32 * i);
+        a[0][0] = low.x, a[0][1] = high.x, a[0][2] = low.y, a[0][3] = high.y;
+        a[1][0] = low.z, a[1][1] = high.z, a[1][2] = low.w, a[1][3] = high.w;
+      }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        ptx::mma_m16n8k16<T>(scores[n], q[2 * i], keys[n][i].x, keys[n][i].y);
-        ptx::mma_m16n8k16<T>(scores[n], q[2 * i + 1], keys[n][i].z, keys[n][i].w);
+        ptx::mma_m16n8k16<T>(scores[n], a[0], keys[n][i].x, keys[n][i].y);
+        ptx::mma_m16n8k16<T>(scores[n], a[1], keys[n][i].z, keys[n][i].w);
       }
     }
   }
