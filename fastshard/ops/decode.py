@@ -117,7 +117,8 @@ def decode_step(
             weights before; else the hidden state, as ``x``.
         num_heads: Query heads, 1 to 8 times the key/value heads.
         norm_eps: Of every norm.
-        weight_in_fp32: Of every norm, as in :func:`rms_norm`.
+        weight_in_fp32: Of every norm, as in :func:`rms_norm`; the kernel, which scales products
+            afterwards, looks at it for the norms of q and k only.
         rope_interleaved: As in :func:`apply_rope`.
         activation: As in :func:`fused_mlp`.
         windows: A layer's sliding window, the token itself included; 0, or None for all layers: no

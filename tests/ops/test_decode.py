@@ -382,11 +382,12 @@ def test_a_token_outside_the_vocabulary_reads_as_the_first(wrong, device):
 
 @HALVES
 def test_the_norms_round_as_they_are_told(dtype, device):
-    """Both styles are as accurate; they differ by where they round."""
+    """Both styles are as accurate; they differ by where the norms of q and k round."""
     outs = []
     for weight_in_fp32 in (False, True):
         torch.manual_seed(0)
-        given = make(Case(part="middle", weight_in_fp32=weight_in_fp32), dtype, device)
+        case = Case(part="middle", qk_norm=True, weight_in_fp32=weight_in_fp32)
+        given = make(case, dtype, device)
         ops.decode_step(**given)
         outs.append(given["out"])
     assert not torch.equal(*outs)

@@ -1,0 +1,39 @@
+// Values that carry their own "written" flag: how one block hands activations to all others within a launch.
+//
+// A word of 64 bits holds two 16-bit values, or one float, and a 32-bit flag, and is written whole: who reads the flag
+// that it waits for has the values, without a fence and without a barrier. A buffer's flags differ from use to use, so
+// that nothing is ever cleared. Source: the "LL" protocol of NCCL.
+#pragma once
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+
+namespace fastshard {
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
+  const T pair[2] = {from_float<T>(first), from_float<T>(second)};
+  uint32_t packed;
+  memcpy(&packed, pair, 4);
+  return packed;
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
+  T values[2];
+  memcpy(values, &pair, 4);
+  return make_float2(to_float(values[0]), to_float(values[1]));
+}
+
+__device__ __forceinline__ void store_flagged(uint64_t* word, uint32_t value, uint32_t flag) {
+  ptx::st_relaxed_64(word, uint64_t(flag) << 32 | value);
+}
+
+// Wait for the flag, for as long as it takes.
+__device__ __forceinline__ uint32_t load_flagged(const uint64_t* word, uint32_t flag) {
+  for (;;) {
+    const uint64_t v = ptx::ld_relaxed_64(word);
+    if (uint32_t(v >> 32) == flag) return uint32_t(v);
+  }
+}
+
+}  // namespace fastshard
