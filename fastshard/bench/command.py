@@ -88,7 +88,9 @@ def run(
             measured = _results(BENCHMARKS[name](bench), bench)
         for result in measured:
             keep(result)
-    say(f"{time.monotonic() - begin:.0f} s in all; {report.READ_NOTE}")
+    for line in report.read_limits(limits.describe()):
+        say(line)
+    say(f"{time.monotonic() - begin:.0f} s in all; {report.NOTE}")
 
 
 def _results(problems: Iterable[Problem], bench: Bench) -> Iterator[report.Line | report.Skipped]:

@@ -22,8 +22,8 @@ HEADER = (
     f"{'n':>3} {'GB/s':>5} {'TFLOP/s':>7} {'% limit':>7} {'x peer':>6} {'error':>8} {'(eager)':>9}"
 )
 
-READ_NOTE = (
-    "% limit: of the fastest plain read of as many bytes, measured above under the same timing; "
+NOTE = (
+    "% limit: of the fastest plain read of as many bytes, as above, under the same timing; "
     "x peer: times as fast as the best peer; error: relative to float64, (eager PyTorch's)"
 )
 
@@ -163,6 +163,15 @@ def introduction(environment: dict, limits: dict) -> list[str]:
         f"limits: copy {limits['copy_gbps']:.0f} GB/s, graph node {limits['graph_node_us']:.2f} us,"
         f" matmul {limits['matmul_tflops']:.0f} TFLOP/s; reads as the cases need them",
         *(f"missing: {missing}" for missing in limits["missing"]),
+    ]
+
+
+def read_limits(limits: dict) -> list[str]:
+    """A line for each size whose read limit was measured."""
+    return [
+        f"{'read':<10} {read['by']:<57} {read['num_bytes'] / 1e6:>8.1f} MB "
+        f"{format_us(read['us']):>10} {read['gbps']:>5.0f} GB/s"
+        for read in limits["read"]
     ]
 
 

@@ -5,7 +5,8 @@ several sets of inputs, together ``COLD_FACTOR`` times the L2, so that each node
 global memory; a node costs the time of the replay over their number, gaps included, and the few
 microseconds that events add are spread over all. ``BurstRun`` is for whole steps, which read more
 than the L2 holds: some calls in a row as the host issues them, so that a variant that waits for the
-host shows it. In front of either the L2 is overwritten, which also lets the host get ahead.
+host shows it. In front of either the L2 is filled by reading something else (written lines would go
+to memory in the timed region), and the device waits for the host to get ahead.
 """
 
 import statistics
@@ -21,6 +22,7 @@ COLD_FACTOR = 6  # of random replacement this leaves 0.3 % of the reads in the c
 REPLAY_BYTES = 2 * 10**9  # read by one replay: the events around it are then noise
 MAX_NODES = 256
 BURST_SECONDS = 0.01
+HEAD_START_CYCLES = 400_000  # 0.2 ms, in which the host enqueues the events and a graph
 
 Key = TypeVar("Key", bound=Hashable)
 """What a run is known by."""
@@ -126,7 +128,8 @@ class Stopwatch:
     ):
         self.l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._rounds, self._seconds, self._warmup = rounds, seconds, warmup_seconds
-        self._flushed = torch.empty(4 * self.l2_bytes, dtype=torch.uint8, device=device)
+        self._other = torch.rand(self.l2_bytes, device=device)  # float32: four times the L2
+        self._sum = torch.empty((), device=device)
 
     def measure(self, runs: Mapping[Key, Run], rounds: int | None = None) -> dict[Key, Timing]:
         """Time every run, in turn, several rounds: as many as there is time for, or ``rounds``."""
@@ -141,7 +144,8 @@ class Stopwatch:
     def _once(self, run: Run) -> float:
         """Microseconds between events around one run, out of a cold L2."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flushed.random_()
+        torch.sum(self._other, 0, out=self._sum)
+        torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         run()
         end.record()

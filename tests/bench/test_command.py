@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastshard import cli
-from fastshard.bench import command
+from fastshard.bench import case, command, presets
 from fastshard.bench.case import MODES, PEERS, Bench, Case, Problem, Settings, Unavailable, Variant
 from fastshard.bench.report import Line, Skipped
 from fastshard.bench.timing import Timing
@@ -218,6 +218,76 @@ def test_nothing_is_compiled_after_the_deadline():
     bench = Bench(torch.device("cpu"), None, None, Settings(deadline=0.0))
     with pytest.raises(Unavailable, match="the time limit has passed, nothing more is compiled"):
         bench.compiled(lambda: None)
+
+
+TINY = {
+    "model_type": "qwen2",
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 200,
+    "rms_norm_eps": 1e-6,
+}
+
+
+class CpuClock(Clock):
+    """Runs each variant, on whatever device, and says that it took a microsecond."""
+
+    l2_bytes = 50_000
+
+    def measure(self, runs, rounds=None):
+        for run in runs.values():
+            run()
+        return super().measure(dict.fromkeys(runs, 1.0))
+
+
+class CpuRun:
+    """``GraphRun`` without a graph, of at least two sets of inputs."""
+
+    def __init__(self, function, calls):
+        self._function, self.calls = function, calls
+
+    def __call__(self):
+        assert self.calls >= 20
+        assert not self._function(0).equal(self._function(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [
+        ("attention", {"fastshard", "sdpa flash", "sdpa math"}),
+        ("linear", {"fastshard", "torch eager"}),
+        ("mlp", {"fastshard", "torch eager"}),
+        ("decode", {"fastshard persistent", "fastshard eager", "torch eager"}),
+    ],
+)
+def test_every_variant_computes_its_case(name, variants, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(case, "GraphRun", CpuRun)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    settings = Settings(models=("tiny",), batches=(1, 3), contexts=(32,), peers=("eager", "sdpa"))
+    bench = Bench(torch.device("cpu"), CpuClock(), CpuClock(), settings)
+    results = list(command._results(command.BENCHMARKS[name](bench), bench))
+    lines = [result for result in results if isinstance(result, Line)]
+    shapes = {line.shape for line in lines}
+    assert len(shapes) == {"attention": 2, "linear": 6, "mlp": 2, "decode": 4}[name]
+    for shape in shapes:
+        assert {line.variant for line in lines if line.shape == shape} == variants
+    for line in lines:
+        eps = torch.finfo(torch.bfloat16).eps
+        assert 0 <= line.error < (8 * eps if name == "decode" else eps), line
+        assert line.eager_error is not None
+        assert line.num_bytes > 0
+        assert line.flops > 0
+    skipped = {result.variant for result in results if isinstance(result, Skipped)}
+    expected = {"attention": {"sdpa cudnn", "sdpa efficient"}, "decode": {"fastshard graph"}}
+    assert skipped == expected.get(name, set())
 
 
 @pytest.mark.cuda

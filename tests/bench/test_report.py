@@ -118,3 +118,9 @@ def test_introduction_says_what_ran_and_what_is_missing():
     assert lines[1].endswith("triton missing")
     assert "copy 4251 GB/s, graph node 1.16 us, matmul 780 TFLOP/s" in lines[2]
     assert lines[3] == "missing: the Triton read kernel: No module named 'triton'"
+
+
+def test_a_line_for_each_read_limit():
+    reads = [{"num_bytes": 33_554_432, "us": 9.41, "gbps": 3565.8, "by": "triton 2048x1, 4 warps"}]
+    (line,) = report.read_limits({"read": reads})
+    assert " ".join(line.split()) == "read triton 2048x1, 4 warps 33.6 MB 9.41 us 3566 GB/s"
