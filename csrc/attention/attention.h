@@ -40,7 +40,6 @@ struct AttentionParams {
   int head_dim;  // a multiple of 8, at most kAttentionMaxHeadDim
 
   // Which keys a query sees, and how scores are made: see visibility.cuh.
-  AttentionMask mask;
   AttentionIndices kv_lengths;  // default s_kv
   AttentionIndices first_key;   // default 0
   int max_keys;                 // no key from here on is seen: s_kv, or what the mask covers if that is less
@@ -48,6 +47,7 @@ struct AttentionParams {
   int window;           // 0: none
   float softcap;        // 0: none
   float softmax_scale;  // above 0
+  AttentionMask mask;
 
   // LayerNorm over head_dim of each row of out.
   bool layer_norm;

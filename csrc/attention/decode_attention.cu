@@ -26,6 +26,14 @@ inline int num_splits(int64_t num_heads, int64_t capacity, int max_tiles) {
   return static_cast<int>(std::clamp<int64_t>(splits, 1, std::max(max_tiles, 1)));
 }
 
+inline DecodeAttentionParams decode_attention_params(const AttentionParams& p) {
+  const auto strides = [](const AttentionStrides& s) {
+    return DecodeStrides{uint32_t(s.batch / 8), uint32_t(s.token / 8), uint32_t(s.head / 8)};
+  };
+  return {nullptr, strides(p.q_strides), strides(p.k_strides), strides(p.v_strides),
+          1.f / static_cast<float>(p.group), p};
+}
+
 template <typename T, typename Config>
 void launch(const AttentionParams& p, cudaStream_t stream) {
   using Storage = DecodeAttentionSharedStorage<Config>;
@@ -34,13 +42,21 @@ void launch(const AttentionParams& p, cudaStream_t stream) {
   static const int capacity = max_resident_blocks<Storage>(kernel, Config::kThreads);
   const int num_heads = p.batch * p.num_kv_heads;
   const int splits = num_splits(num_heads, capacity, p.max_keys / kDecodeKeys + 1);
-  SplitResults results{nullptr, num_heads, p.rows_per_head(), Config::kHeadDim};
+  DecodeAttentionParams params = decode_attention_params(p);
   if (splits > 1) {
-    const int64_t bytes = results.num_words(splits) * int64_t(sizeof(uint32_t));
-    results.words = static_cast<uint32_t*>(workspace(bytes, stream));
+    const int64_t words = SplitResults(nullptr, num_heads, p.rows_per_head(), p.head_dim).num_words(num_heads, splits);
+    params.workspace = static_cast<uint32_t*>(workspace(words * int64_t(sizeof(uint32_t)), stream));
   }
   const dim3 grid(unsigned(splits), unsigned(p.num_kv_heads), unsigned(p.batch));
-  launch_kernel<Storage>(kernel, grid, Config::kThreads, stream, p, results);
+  launch_kernel<Storage>(kernel, grid, Config::kThreads, stream, params);
+}
+
+template <typename T, int kHeadDim>
+void launch(const AttentionParams& p, cudaStream_t stream) {
+  const bool plain = p.mask.type == AttentionMaskType::kNone && p.softcap == 0.f;
+  if (!plain) return launch<T, DecodeAttentionConfig<kHeadDim, 16, false>>(p, stream);
+  if (p.rows_per_head() > 8) return launch<T, DecodeAttentionConfig<kHeadDim, 16, true>>(p, stream);
+  launch<T, DecodeAttentionConfig<kHeadDim, 8, true>>(p, stream);
 }
 
 }  // namespace decode_attention_detail
@@ -49,9 +65,9 @@ template <typename T>
 void decode_attention(const AttentionParams& p, cudaStream_t stream) {
   using namespace decode_attention_detail;
   switch (p.head_dim) {
-    case 64:  return launch<T, DecodeAttentionConfig<64, 8, 2>>(p, stream);
-    case 96:  return launch<T, DecodeAttentionConfig<96, 8, 1>>(p, stream);
-    case 128: return launch<T, DecodeAttentionConfig<128, 8, 1>>(p, stream);
+    case 64:  return launch<T, 64>(p, stream);
+    case 96:  return launch<T, 96>(p, stream);
+    case 128: return launch<T, 128>(p, stream);
   }
   throw std::runtime_error("decode_attention: head_dim must be 64, 96 or 128, got " + std::to_string(p.head_dim));
 }

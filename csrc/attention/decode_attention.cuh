@@ -12,38 +12,60 @@
 
 namespace fastshard {
 
-template <int kHeadDim_, int kWarps_, int kMinBlocks_>
+// kRows: 8 or 16, the most rows of a head. kPlain: no mask and no softcap.
+template <int kHeadDim_, int kRows_, bool kPlain_>
 struct DecodeAttentionConfig {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kMinBlocks = kMinBlocks_;  // that the registers of a multiprocessor must hold
+  static constexpr int kRows = kRows_;
+  static constexpr bool kPlain = kPlain_;
+  static constexpr int kWarps = 8;
+  static constexpr int kEagerWarps = 4;  // that load keys before they know the length
+  static constexpr int kMinBlocks = kHeadDim == 64 && kPlain ? 2 : 1;  // that a multiprocessor's registers must hold
   static constexpr int kThreads = 32 * kWarps;
 };
 
 template <typename Config>
 struct DecodeAttentionSharedStorage {
-  PartialRows<Config::kWarps, kDecodeRows, Config::kHeadDim> parts;
+  PartialRows<Config::kWarps, Config::kRows, Config::kHeadDim> parts;
   bool is_last;  // of the blocks of a head to come
 };
 
 constexpr uint32_t kUnwritten = 0xffffffff;  // a NaN that no arithmetic gives
 
-// The workspace of decode_attention: a counter of tickets for each head, then what the splits found.
+// What the blocks of a head tell each other; all kUnwritten between launches.
 struct SplitResults {
-  uint32_t* words;
-  int num_heads, num_rows, head_dim;  // num_heads: of all batch rows; num_rows: of a head
+  uint32_t* words;  // a counter of tickets for each head, then [heads, splits, rows, head_dim + 4]
+  int row_words;    // columns, max and sum, rounded up to 16 bytes
+  int split_words;
+  int64_t begin;    // of the results
 
-  // A row is its columns, max and sum, and rounds up to 16 bytes.
-  __host__ __device__ int64_t split_words() const { return int64_t(num_rows) * (head_dim + 4); }
-  __host__ __device__ int64_t results_begin() const { return (num_heads + 3) / 4 * 4; }
-  __host__ __device__ int64_t num_words(int num_splits) const {
-    return results_begin() + int64_t(num_heads) * num_splits * split_words();
-  }
-  __device__ uint32_t* counter(int head) const { return words + head; }
-  __device__ uint32_t* split(int head, int num_splits, int i) const {
-    return words + results_begin() + (int64_t(head) * num_splits + i) * split_words();
+  __host__ __device__ SplitResults(uint32_t* words, int num_heads, int num_rows, int head_dim)
+      : words(words), row_words(head_dim + 4), split_words(num_rows * row_words), begin((num_heads + 3) / 4 * 4) {}
+
+  __host__ __device__ int64_t num_words(int num_heads, int num_splits) const {
+    return begin + int64_t(num_heads) * num_splits * split_words;
   }
 };
+
+// A stride of rows in units of 16 bytes: one multiply-add makes an address.
+struct DecodeStrides {
+  uint32_t batch, token, head;
+};
+
+struct DecodeAttentionParams {
+  uint32_t* workspace;  // of SplitResults, null where there is one split
+  DecodeStrides q_strides, k_strides, v_strides;
+  float inverse_group;
+  AttentionParams attention;
+
+  // Of a query row, counted [s_q, group]: exact for rows that fit a block.
+  __device__ int token(int row) const { return static_cast<int>((row + 0.5f) * inverse_group); }
+};
+
+template <typename T>
+__device__ __forceinline__ T* advance(T* from, uint32_t count, uint32_t stride) {
+  return from + uint64_t(count) * stride * (16 / sizeof(T));
+}
 
 __device__ __forceinline__ uint32_t published(float x) {
   const uint32_t bits = __float_as_uint(x);
@@ -56,130 +78,181 @@ __device__ __forceinline__ void publish(uint32_t* row, int column, int head_dim,
   if (column == 0) ptx::st_global_relaxed_8(row + head_dim, make_uint2(published(part.max), published(part.sum)));
 }
 
-__device__ __forceinline__ bool is_written(const uint4& v) {
-  return v.x != kUnwritten && v.y != kUnwritten && v.z != kUnwritten && v.w != kUnwritten;
+__device__ __forceinline__ bool is_written(const uint4& v, const uint2& w) {
+  return v.x != kUnwritten && v.y != kUnwritten && v.z != kUnwritten && v.w != kUnwritten && w.x != kUnwritten &&
+         w.y != kUnwritten;
 }
 
-__device__ __forceinline__ bool is_written(const uint2& v) { return v.x != kUnwritten && v.y != kUnwritten; }
+// to += part, both relative to their own maximum.
+__device__ __forceinline__ void merge(DecodeColumns& to, const DecodeColumns& part) {
+  const float max = fmaxf(to.max, part.max), origin = max == -INFINITY ? 0.f : max;
+  const float a = ptx::ex2(to.max - origin), b = ptx::ex2(part.max - origin);
+  to.out = make_float4(a * to.out.x + b * part.out.x, a * to.out.y + b * part.out.y, a * to.out.z + b * part.out.z,
+                       a * to.out.w + b * part.out.w);
+  to.max = max;
+  to.sum = a * to.sum + b * part.sum;
+}
 
-// Merge the results of all splits, in their order whichever block does it; `own` is that of this block's split.
+// Merge what splits first, first + step, ... published of a row; `own` stands for own_split, which did not.
 // row: where column 0 of the row lies in split 0.
-__device__ __forceinline__ DecodeColumns merge_splits(const uint32_t* row, int64_t split_words, int num_splits,
-                                                      int own_split, const DecodeColumns& own, int column,
+__device__ __forceinline__ DecodeColumns merge_splits(const uint32_t* row, int split_words, int num_splits, int first,
+                                                      int step, int own_split, const DecodeColumns& own, int column,
                                                       int head_dim) {
   constexpr int kAtATime = 8;
   DecodeColumns merged{make_float4(0.f, 0.f, 0.f, 0.f), -INFINITY, 0.f};
-  for (int first = 0; first < num_splits; first += kAtATime) {
+  for (; first < num_splits; first += step * kAtATime) {
     uint4 out[kAtATime];
     uint2 rest[kAtATime];
-    const auto load = [&](int i) {
-      const uint32_t* from = row + (first + i) * split_words;
-      out[i] = ptx::ld_global_relaxed(from + column);
-      rest[i] = ptx::ld_global_relaxed_8(from + head_dim);
-    };
-    const auto is_other = [&](int i) { return first + i < num_splits && first + i != own_split; };
+    bool all_written;
+    do {
+      all_written = true;
 #pragma unroll
-    for (int i = 0; i < kAtATime; ++i) {
-      if (is_other(i)) load(i);
-    }
+      for (int i = 0; i < kAtATime; ++i) {
+        const uint32_t* from = row + min(first + i * step, num_splits - 1) * split_words;
+        out[i] = ptx::ld_global_relaxed(from + column);
+        rest[i] = ptx::ld_global_relaxed_8(from + head_dim);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtATime; ++i) {
+        all_written &= is_written(out[i], rest[i]) || min(first + i * step, num_splits - 1) == own_split;
+      }
+    } while (!all_written);
     DecodeColumns parts[kAtATime];
     float max = merged.max;
 #pragma unroll
     for (int i = 0; i < kAtATime; ++i) {
-      parts[i] = first + i < num_splits ? own : DecodeColumns{make_float4(0.f, 0.f, 0.f, 0.f), -INFINITY, 0.f};
-      if (is_other(i)) {
-        while (!is_written(out[i]) || !is_written(rest[i])) load(i);
-        parts[i].out = make_float4(__uint_as_float(out[i].x), __uint_as_float(out[i].y), __uint_as_float(out[i].z),
-                                   __uint_as_float(out[i].w));
-        parts[i].max = __uint_as_float(rest[i].x);
-        parts[i].sum = __uint_as_float(rest[i].y);
-      }
+      parts[i] = {make_float4(__uint_as_float(out[i].x), __uint_as_float(out[i].y), __uint_as_float(out[i].z),
+                              __uint_as_float(out[i].w)),
+                  __uint_as_float(rest[i].x), __uint_as_float(rest[i].y)};
+      if (first + i * step == own_split) parts[i] = own;
+      if (first + i * step >= num_splits) parts[i] = {make_float4(0.f, 0.f, 0.f, 0.f), -INFINITY, 0.f};
       max = fmaxf(max, parts[i].max);
     }
-    const float origin = max == -INFINITY ? 0.f : max;
-    const auto add = [&](float& to, float weight, float value) { to += weight * value; };
-    const float rescale = ptx::ex2(merged.max - origin);
-    merged.max = max;
-    merged.sum *= rescale;
-    merged.out = make_float4(merged.out.x * rescale, merged.out.y * rescale, merged.out.z * rescale,
-                             merged.out.w * rescale);
+    const float origin = max == -INFINITY ? 0.f : max, rescale = ptx::ex2(merged.max - origin);
+    merged = {make_float4(merged.out.x * rescale, merged.out.y * rescale, merged.out.z * rescale,
+                          merged.out.w * rescale),
+              max, merged.sum * rescale};
 #pragma unroll
     for (int i = 0; i < kAtATime; ++i) {
       const float weight = ptx::ex2(parts[i].max - origin);
-      add(merged.sum, weight, parts[i].sum);
-      add(merged.out.x, weight, parts[i].out.x);
-      add(merged.out.y, weight, parts[i].out.y);
-      add(merged.out.z, weight, parts[i].out.z);
-      add(merged.out.w, weight, parts[i].out.w);
+      merged.sum += weight * parts[i].sum;
+      merged.out.x += weight * parts[i].out.x;
+      merged.out.y += weight * parts[i].out.y;
+      merged.out.z += weight * parts[i].out.z;
+      merged.out.w += weight * parts[i].out.w;
     }
   }
   return merged;
 }
 
+// Merge over groups of `lanes` neighbouring lanes, a power of two.
+__device__ __forceinline__ void merge_lanes(DecodeColumns& columns, int lanes) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  for (int offset = 1; offset < lanes; offset *= 2) {
+    const DecodeColumns other{
+        make_float4(__shfl_xor_sync(kAll, columns.out.x, offset), __shfl_xor_sync(kAll, columns.out.y, offset),
+                    __shfl_xor_sync(kAll, columns.out.z, offset), __shfl_xor_sync(kAll, columns.out.w, offset)),
+        __shfl_xor_sync(kAll, columns.max, offset), __shfl_xor_sync(kAll, columns.sum, offset)};
+    merge(columns, other);
+  }
+}
+
 template <typename T, typename Config>
 __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void decode_attention_kernel(
-    const AttentionParams p, const SplitResults results) {
+    const DecodeAttentionParams params) {
   using Storage = DecodeAttentionSharedStorage<Config>;
-  constexpr int kHeadDim = Config::kHeadDim, kColumns = kHeadDim / 4;  // of four, as the ends of rows go
+  constexpr int kHeadDim = Config::kHeadDim, kThreads = Config::kThreads;
+  constexpr int kColumns = kHeadDim / 4;  // of four, as the ends of rows go
+  const AttentionParams& p = params.attention;
   FS_SHARED_STORAGE(Storage, smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int num_splits = gridDim.x, split = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z;
-  const int num_rows = p.rows_per_head(), head = batch * p.num_kv_heads + kv_head;
+  const int num_rows = p.rows_per_head();
 
-  DecodeWarp<T, kHeadDim> worker;
+  const int first_tile = split + num_splits * warp;
+  const auto head_of = [&](const void* base, const DecodeStrides& strides) {
+    return advance(advance(static_cast<const T*>(base), batch, strides.batch), kv_head, strides.head);
+  };
+  const CachedHead<T> cache{head_of(p.k, params.k_strides), head_of(p.v, params.v_strides),
+                            int(params.k_strides.token * 16), int(params.v_strides.token * 16)};
+
+  // The first tiles start to load before the length is known: they are likely to be inside, and reading them harms not.
+  // In the order of use; what comes late holds up all that was asked for after it.
+  const LoadedRowBounds loaded(p, batch);
+  DecodeWarp<T, kHeadDim, false, true, Config::kRows> worker;
+  const bool is_eager = warp < Config::kEagerWarps && p.first_key.data == nullptr && p.window == 0 &&
+                        first_tile * kDecodeKeys < p.max_keys;
+  if (is_eager) worker.load_keys(cache, first_tile * kDecodeKeys, {0, p.max_keys});
   const T* q[2];
+  int token[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = min(lane / 4 + 8 * i, num_rows - 1), token = row / p.group;
-    q[i] = static_cast<const T*>(p.q) + batch * p.q_strides.batch + token * p.q_strides.token +
-           (int64_t(kv_head) * p.group + row - token * p.group) * p.q_strides.head;
+    const int row = min(lane / 4 + 8 * i, num_rows - 1);
+    token[i] = params.token(row);
+    q[i] = advance(advance(advance(static_cast<const T*>(p.q), batch, params.q_strides.batch), token[i],
+                           params.q_strides.token),
+                   kv_head * p.group + row - token[i] * p.group, params.q_strides.head);
   }
   worker.load_queries([&](int half, int column) { return ptx::ld_global_streaming(q[half] + column); });
+  if (is_eager) worker.load_values(cache, first_tile * kDecodeKeys, {0, p.max_keys});
 
-  const RowBounds bounds = row_bounds(p, batch);
+  const RowBounds bounds = loaded.values(p);
   const KeyRange first_keys = visible_keys(p, bounds, 0), last_keys = visible_keys(p, bounds, p.s_q - 1);
   const KeyRange keys{first_keys.begin, last_keys.end};
   const int num_tiles = max((keys.end - keys.begin + kDecodeKeys - 1) / kDecodeKeys, 0);
   const int num_parts = min(num_splits, max(num_tiles, 1));
   if (split >= num_parts) return;
+  if (!is_eager) worker.prefetch(cache, keys, first_tile);
 
-  const CachedHead<T> cache{static_cast<const T*>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head,
-                            static_cast<const T*>(p.v) + batch * p.v_strides.batch + kv_head * p.v_strides.head,
-                            int(p.k_strides.token * int(sizeof(T))), int(p.v_strides.token * int(sizeof(T)))};
-  const int first_tile = split + num_splits * warp;
-  worker.prefetch(cache, keys, first_tile);
+  const int head = batch * p.num_kv_heads + kv_head;
+  const SplitResults results(params.workspace, p.batch * p.num_kv_heads, num_rows, kHeadDim);
   uint32_t ticket = 0;
-  if (threadIdx.x == 0 && num_parts > 1) ticket = ptx::atom_global_add(results.counter(head), 1) + 1;  // counts from -1
+  if (threadIdx.x == 0 && num_parts > 1) ticket = ptx::atom_global_inc(results.words + head, kUnwritten - 1) + 1;
 
   const ScoreRule rule(p);
-  const ThreadRows rows(p, bounds, lane / 4);
-  worker.attend(cache, keys, first_tile, num_splits * Config::kWarps, rule.exp_scale(),
-                [&](float(&scores)[2][4], int key) {
-                  const int tile = key - lane % 4 * 2;
-                  const bool all_visible = tile >= last_keys.begin && tile + kDecodeKeys <= first_keys.end;
-                  apply_rules(scores, p, rule, batch, rows, key, all_visible);
-                });
-  worker.write(smem.parts, warp, num_rows, rule.exp_scale());
+  const float exp_scale = Config::kPlain ? rule.scale : rule.exp_scale();
+  const ThreadRows rows(p, bounds, token[0], token[1]);
+  uint32_t* const splits = results.words + results.begin + int64_t(head) * num_splits * results.split_words;
+  const auto hide = [&](float(&scores)[2][4], int key) {
+    const int at = key - lane % 4 * 2;
+    const bool all_visible = at >= last_keys.begin && at + kDecodeKeys <= first_keys.end;
+    if constexpr (Config::kPlain) {
+      if (!all_visible) hide_keys(scores, rows, key);
+    } else {
+      apply_rules(scores, p, rule, batch, rows, key, all_visible);
+    }
+  };
+  worker.attend(cache, keys, first_tile, num_splits * Config::kWarps, exp_scale, hide, is_eager);
+  worker.write(smem.parts, warp, num_rows, exp_scale);
   if (threadIdx.x == 0) smem.is_last = ticket + 1 == uint32_t(num_parts) || num_parts == 1;
   __syncthreads();
 
+  // Each four columns of a row by `slices` threads, which share the splits.
   const bool is_last = smem.is_last;
-  uint32_t* const splits = results.split(head, num_splits, 0);
-  for (int i = threadIdx.x; i < num_rows * kColumns; i += Config::kThreads) {
-    const int row = i / kColumns, column = i % kColumns * 4;
+  const int num_units = num_rows * kColumns;
+  int log_slices = 0;
+  while (is_last && num_units << (log_slices + 1) <= kThreads && log_slices < 3) ++log_slices;
+  const int slices = 1 << log_slices;
+#pragma unroll 1
+  for (int begin = 0; begin < num_units * slices; begin += kThreads) {
+    const int i = begin + int(threadIdx.x), unit = min(i >> log_slices, num_units - 1), slice = i & (slices - 1);
+    const int row = unit / kColumns, column = unit % kColumns * 4;
     DecodeColumns result = merge_decode_parts<Config::kWarps>(smem.parts, row, column);
-    uint32_t* const split_row = splits + row * (kHeadDim + 4);
+    const bool stores = i < num_units * slices && slice == 0;
+    uint32_t* const split_row = splits + row * results.row_words;
     if (!is_last) {
-      publish(split_row + split * results.split_words(), column, kHeadDim, result);
+      if (stores) publish(split_row + split * results.split_words, column, kHeadDim, result);
       continue;
     }
     if (num_parts > 1) {
-      result = merge_splits(split_row, results.split_words(), num_parts, split, result, column, kHeadDim);
+      result = merge_splits(split_row, results.split_words, num_parts, slice, slices, split, result, column, kHeadDim);
+      merge_lanes(result, slices);
     }
-    const float inverse = result.sum == 0.f ? 0.f : 1.f / result.sum;  // nothing to attend to: zeros
-    const int64_t token = int64_t(batch) * p.s_q + row / p.group;
-    const int64_t qo_head = int64_t(kv_head) * p.group + row % p.group;
-    T* const to = static_cast<T*>(p.out) + (token * p.num_kv_heads * p.group + qo_head) * kHeadDim + column;
+    if (!stores) continue;
+    const float inverse = result.sum == 0.f ? 0.f : __fdividef(1.f, result.sum);  // nothing to attend to: zeros
+    const int to_token = params.token(row), qo_head = kv_head * p.group + row - to_token * p.group;
+    T* const to = static_cast<T*>(p.out) +
+                  ((int64_t(batch) * p.s_q + to_token) * p.num_kv_heads * p.group + qo_head) * kHeadDim + column;
     *reinterpret_cast<uint2*>(to) = make_uint2(pack_floats<T>(result.out.x * inverse, result.out.y * inverse),
                                                pack_floats<T>(result.out.z * inverse, result.out.w * inverse));
   }
@@ -187,9 +260,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void decode_a
 
   // Leave the workspace as it was.
   __syncthreads();  // all have read the results
-  if (threadIdx.x == 0) *results.counter(head) = kUnwritten;
-  const int64_t num_words = num_parts * results.split_words();
-  for (int64_t i = threadIdx.x * 4; i < num_words; i += Config::kThreads * 4) {
+  if (threadIdx.x == 0) results.words[head] = kUnwritten;
+#pragma unroll 4
+  for (int i = threadIdx.x * 4; i < num_parts * results.split_words; i += kThreads * 4) {
     *reinterpret_cast<uint4*>(splits + i) = make_uint4(kUnwritten, kUnwritten, kUnwritten, kUnwritten);
   }
 }

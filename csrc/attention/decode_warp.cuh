@@ -46,14 +46,15 @@ struct DecodeColumns {
   float sum;   // of weights
 };
 
-// kFresh: keys and values may have been written by other blocks of the same launch. kKeepQueries: in registers; else they
-// are read from shared memory for each tile.
-template <typename T, int kHeadDim, bool kFresh = false, bool kKeepQueries = true>
+// kFresh: keys and values may be of other blocks of the same launch. kKeepQueries: in registers; else they
+// are read from shared memory for each tile. kRows: 8 or 16, of queries; 8 takes fewer instructions.
+template <typename T, int kHeadDim, bool kFresh = false, bool kKeepQueries = true, int kRows = 16>
 struct DecodeWarp {
+  static constexpr int kHalves = kRows / 8;  // query rows of a lane: lane / 4 and, of 16, that + 8
   static constexpr int kKeyLoads = kHeadDim / 32;
   static constexpr int kWidth = kHeadDim % 64 == 0 ? 8 : 4;  // columns of a value that a lane loads at a time
   static constexpr int kValueLoads = kHeadDim / (8 * kWidth);
-  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128);
+  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && (kRows == 8 || kRows == 16));
 
   uint32_t q[kKeepQueries ? kHeadDim / 16 : 1][4];
   const T* shared_q[2];                          // columns 8 t.. of rows g and g + 8, where they are not kept
@@ -62,8 +63,8 @@ struct DecodeWarp {
   OnlineSoftmax softmax;
   float out[kHeadDim / 8][4] = {};
 
-  // load_query(half, column): eight columns of query row lane / 4 + 8 * half. For a row that does not exist any values
-  // do: rows do not mix.
+  // load_query(half, column): eight columns of query row lane / 4 + 8 * half. For a row that does not exist, the second
+  // half of 8 rows among them, any values do: rows do not mix.
   template <typename LoadQuery>
   __device__ __forceinline__ void load_queries(LoadQuery load_query) {
 #pragma unroll
@@ -77,7 +78,8 @@ struct DecodeWarp {
   }
 
   // Start loading the tile of `key`. Keys past the range are read as its last one, so that nothing that lies there, NaN
-  // included, reaches the products: their weights are zero.
+  // included, reaches the products: their weights are zero. Where the range that attend() takes ends before this one,
+  // clear_values() does the same.
   __device__ __forceinline__ void load_keys(const CachedHead<T>& head, int key, KeyRange range) {
     const int lane = threadIdx.x % 32;
     const T* const column = head.k + lane % 4 * 8;
@@ -96,8 +98,7 @@ struct DecodeWarp {
     const T* const column = head.v + lane / 4 * kWidth;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int value = key + lane % 4 * 2 + e % 2 + e / 2 * 8;
-      const T* from = advance(column, min(value, range.end - 1), head.v_stride_bytes);
+      const T* from = advance(column, min(key + value_of(e), range.end - 1), head.v_stride_bytes);
 #pragma unroll
       for (int i = 0; i < kValueLoads; ++i, from += 8 * kWidth) {
         if constexpr (kWidth == 8) {
@@ -119,21 +120,22 @@ struct DecodeWarp {
     load_values(head, key, range);
   }
 
-  // Attend to the tiles tile, tile + step, ... of the range.
+  // Attend to the tiles tile, tile + step, ... of the range. is_eager: the first was loaded without knowing its end.
   // hide(scores, key): softcap, mask and -inf for the keys that a row does not see, those past the range among them.
   // scores[n][e] is of query row lane / 4 + e / 2 * 8 and key `key` + 8 n + e % 2.
   template <typename Hide>
   __device__ __forceinline__ void attend(const CachedHead<T>& head, KeyRange range, int tile, int step,
-                                         float exp_scale, Hide hide) {
+                                         float exp_scale, Hide hide, bool is_eager = false) {
     for (int key = range.begin + tile * kDecodeKeys; key < range.end; key += step * kDecodeKeys) {
       const int next = key + step * kDecodeKeys;
+      if (is_eager && key + kDecodeKeys > range.end) clear_values(range.end - key);
       attend_tile(
           key, exp_scale, hide, [&] { if (next < range.end) load_keys(head, next, range); },
           [&] { if (next < range.end) load_values(head, next, range); });
     }
   }
 
-  // Attend to the tile in the registers, whose first key is `key`. refill_keys, refill_values: called when the registers
+  // Attend to the tile in the registers, its first key is `key`. refill_keys, refill_values: called when the registers
   // of the keys, and of the values, are free again.
   template <typename Hide, typename RefillKeys, typename RefillValues>
   __device__ __forceinline__ void attend_tile(int key, float exp_scale, Hide hide, RefillKeys refill_keys,
@@ -142,7 +144,7 @@ struct DecodeWarp {
     multiply_queries_keys(scores);
     refill_keys();
     hide(scores, key + threadIdx.x % 4 * 2);
-    softmax.update(scores, out, exp_scale);
+    softmax.template update<kHalves>(scores, out, exp_scale);
     accumulate_values(scores);
     refill_values();
   }
@@ -169,12 +171,25 @@ struct DecodeWarp {
     }
   }
 
+  // Values of the tile in the registers from its key `end` on become zeros.
+  __device__ __forceinline__ void clear_values(int end) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (value_of(e) < end) continue;
+#pragma unroll
+      for (int i = 0; i < kValueLoads; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWidth / 2; ++j) values[e][i][j] = 0;
+      }
+    }
+  }
+
   // Write the first num_rows rows as part `part`.
   template <typename Parts>
   __device__ __forceinline__ void write(Parts& parts, int part, int num_rows, float exp_scale) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kHalves; ++i) {
       const int row = lane / 4 + 8 * i;
       const float sum = softmax.row_sum(i);
       if (row >= num_rows) continue;
@@ -194,11 +209,15 @@ struct DecodeWarp {
   }
 
  private:
+  // Key of a tile that values[e] are of.
+  static __device__ __forceinline__ int value_of(int e) { return threadIdx.x % 4 * 2 + e % 2 + e / 2 * 8; }
+
   static __device__ __forceinline__ const T* advance(const T* from, int rows, int stride_bytes) {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + int64_t(rows) * stride_bytes);
   }
 
   __device__ __forceinline__ void multiply_queries_keys(float (&scores)[2][4]) const {
+    float odd[2][4] = {};  // of the odd steps: two short chains of products
 #pragma unroll
     for (int i = 0; i < kKeyLoads; ++i) {
       uint32_t a[2][4];
@@ -214,7 +233,14 @@ struct DecodeWarp {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         ptx::mma_m16n8k16<T>(scores[n], a[0], keys[n][i].x, keys[n][i].y);
-        ptx::mma_m16n8k16<T>(scores[n], a[1], keys[n][i].z, keys[n][i].w);
+        ptx::mma_m16n8k16<T>(kKeepQueries ? odd[n] : scores[n], a[1], keys[n][i].z, keys[n][i].w);
+      }
+    }
+    if constexpr (kKeepQueries) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[n][e] += odd[n][e];
       }
     }
   }
@@ -225,8 +251,12 @@ struct DecodeWarp {
   }
 
   __device__ __forceinline__ void accumulate_values(const float (&weights)[2][4]) {
-    const uint32_t a[4] = {pack_floats<T>(weights[0][0], weights[0][1]), pack_floats<T>(weights[0][2], weights[0][3]),
-                           pack_floats<T>(weights[1][0], weights[1][1]), pack_floats<T>(weights[1][2], weights[1][3])};
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int e = kHalves == 2 ? i % 2 * 2 : 0;
+      a[i] = pack_floats<T>(weights[i / 2][e], weights[i / 2][e + 1]);
+    }
 #pragma unroll
     for (int i = 0; i < kValueLoads; ++i) {
 #pragma unroll

@@ -9,11 +9,11 @@ struct OnlineSoftmax {
   float sum[2] = {0.f, 0.f};              // of the weights so far, of this thread's columns only
 
   // Turn scores into weights 2^((score - max) * scale) and rescale what was accumulated under the old maximum.
-  // A row that has seen nothing but -inf keeps weights of zero.
-  template <int kTiles, int kOutTiles>
+  // A row that has seen nothing but -inf keeps weights of zero. kRows: 1 leaves the second row alone.
+  template <int kRows = 2, int kTiles, int kOutTiles>
   __device__ __forceinline__ void update(float (&scores)[kTiles][4], float (&out)[kOutTiles][4], float scale) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
+    for (int row = 0; row < kRows; ++row) {
       float new_max = max[row];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) new_max = fmaxf(new_max, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));

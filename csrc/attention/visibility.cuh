@@ -14,13 +14,25 @@ struct KeyRange {
   int begin, end;
 };
 
-// indices[i], kept within 0..limit: the kernels read no key outside the tensors whatever the device memory holds.
-__device__ __forceinline__ int read_index(const AttentionIndices& indices, int i, int otherwise, int limit) {
-  if (indices.data == nullptr) return otherwise;
-  const int64_t index = indices.is_int64 ? static_cast<const int64_t*>(indices.data)[i * indices.stride]
-                                         : static_cast<const int32_t*>(indices.data)[i * indices.stride];
-  return static_cast<int>(index < 0 ? 0 : index > limit ? limit : index);
-}
+// An index on its way from memory: a kernel may start other loads before it asks for the value.
+struct LoadedIndex {
+  int32_t low, high;  // words
+
+  __device__ __forceinline__ LoadedIndex(const AttentionIndices& indices, int i, int otherwise)
+      : low(otherwise), high(0) {
+    if (indices.data == nullptr) return;
+    const int words_each = indices.is_int64 ? 2 : 1;
+    const auto* words = static_cast<const volatile int32_t*>(indices.data) + i * indices.stride * words_each;
+    low = words[0];
+    high = words[words_each - 1];
+  }
+
+  // Kept within 0..limit: the kernels read no key outside the tensors whatever the device memory holds.
+  __device__ __forceinline__ int within(int limit, const AttentionIndices& indices) const {
+    const int64_t value = indices.is_int64 ? int64_t(uint64_t(high) << 32 | uint32_t(low)) : low;
+    return static_cast<int>(value < 0 ? 0 : value > limit ? limit : value);
+  }
+};
 
 // What one batch row allows.
 struct RowBounds {
@@ -28,8 +40,18 @@ struct RowBounds {
   int first;   // first valid key
 };
 
+struct LoadedRowBounds {
+  LoadedIndex length, first;
+
+  __device__ __forceinline__ LoadedRowBounds(const AttentionParams& p, int batch)
+      : length(p.kv_lengths, batch, p.s_kv), first(p.first_key, batch, 0) {}
+  __device__ __forceinline__ RowBounds values(const AttentionParams& p) const {
+    return {length.within(p.s_kv, p.kv_lengths), first.within(p.s_kv, p.first_key)};
+  }
+};
+
 __device__ __forceinline__ RowBounds row_bounds(const AttentionParams& p, int batch) {
-  return {read_index(p.kv_lengths, batch, p.s_kv, p.s_kv), read_index(p.first_key, batch, 0, p.s_kv)};
+  return LoadedRowBounds(p, batch).values(p);
 }
 
 __device__ __forceinline__ KeyRange visible_keys(const AttentionParams& p, RowBounds row, int token) {
@@ -75,14 +97,26 @@ struct ThreadRows {
   KeyRange keys[2];
   int token[2];
 
-  __device__ ThreadRows(const AttentionParams& p, RowBounds bounds, int row) {
+  __device__ ThreadRows(const AttentionParams& p, RowBounds bounds, int token0, int token1)
+      : keys{visible_keys(p, bounds, token0), visible_keys(p, bounds, token1)}, token{token0, token1} {}
+
+  // Of rows `row` and `row` + 8; past the end any token will do.
+  __device__ ThreadRows(const AttentionParams& p, RowBounds bounds, int row)
+      : ThreadRows(p, bounds, min(row / p.group, p.s_q - 1), min((row + 8) / p.group, p.s_q - 1)) {}
+};
+
+// -inf for keys outside the ranges of the rows. key: of scores[0][0].
+template <int kTiles>
+__device__ __forceinline__ void hide_keys(float (&scores)[kTiles][4], const ThreadRows& rows, int key) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      token[i] = min((row + 8 * i) / p.group, p.s_q - 1);  // rows past the end: any token will do
-      keys[i] = visible_keys(p, bounds, token[i]);
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int at = key + n * 8 + e % 2;
+      if (at < rows.keys[e / 2].begin || at >= rows.keys[e / 2].end) scores[n][e] = -INFINITY;
     }
   }
-};
+}
 
 // Softcap and mask, and -inf for hidden keys. key: of scores[0][0]; all_visible: all ranges hold the whole tile.
 template <int kTiles>

@@ -187,10 +187,10 @@ __device__ __forceinline__ void st_global_relaxed_8(void* global, uint2 v) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(v.x), "r"(v.y) : "memory");
 }
 
-// *global += value; what it was before. Unlike atomicAdd, it does not wait where the result is not used yet.
-__device__ __forceinline__ uint32_t atom_global_add(uint32_t* global, uint32_t value) {
+// *global = *global >= last ? 0 : *global + 1; what it was before.
+__device__ __forceinline__ uint32_t atom_global_inc(uint32_t* global, uint32_t last) {
   uint32_t old;
-  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(global), "r"(value) : "memory");
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(global), "r"(last) : "memory");
   return old;
 }
 

@@ -92,8 +92,11 @@ __device__ __forceinline__ void st_global_relaxed(void* global, uint4 v) { *stat
 
 __device__ __forceinline__ void st_global_relaxed_8(void* global, uint2 v) { *static_cast<uint2*>(global) = v; }
 
-__device__ __forceinline__ uint32_t atom_global_add(uint32_t* global, uint32_t value) {
-  return atomicAdd(global, value);
+__device__ __forceinline__ uint32_t atom_global_inc(uint32_t* global, uint32_t last) {
+  simt::yield();
+  const uint32_t old = *global;
+  *global = old >= last ? 0 : old + 1;
+  return old;
 }
 
 __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
