@@ -13,7 +13,7 @@ namespace decode_attention_detail {
 // Blocks of a head, of `num_heads` over all batch rows, where `capacity` blocks run at a time: as many as fill the
 // device once; with less than eight of them what a rounded-down number leaves idle counts, and several waves may be
 // better. 132 blocks: 8 heads get 16, 64 get 2; 72 get 5 (360 blocks, nearly three waves of 396).
-inline int num_splits(int64_t num_heads, int64_t capacity, int max_tiles) {
+inline int num_splits(int64_t num_heads, int64_t capacity, int max_splits) {
   constexpr int kFew = 8;
   int64_t splits = capacity / num_heads;
   if (splits < kFew) {
@@ -23,7 +23,7 @@ inline int num_splits(int64_t num_heads, int64_t capacity, int max_tiles) {
       if (waves(n) * splits * 100 < waves(splits) * n * 95) splits = n;
     }
   }
-  return static_cast<int>(std::clamp<int64_t>(splits, 1, std::max(max_tiles, 1)));
+  return static_cast<int>(std::clamp<int64_t>(splits, 1, std::max(max_splits, 1)));
 }
 
 inline DecodeAttentionParams decode_attention_params(const AttentionParams& p) {
@@ -41,7 +41,7 @@ void launch(const AttentionParams& p, cudaStream_t stream) {
   // A heuristic: the figure of the first device serves for all.
   static const int capacity = max_resident_blocks<Storage>(kernel, Config::kThreads);
   const int num_heads = p.batch * p.num_kv_heads;
-  const int splits = num_splits(num_heads, capacity, p.max_keys / kDecodeKeys + 1);
+  const int splits = num_splits(num_heads, capacity, p.max_keys / (kDecodeKeys * Config::kWarps) + 1);
   DecodeAttentionParams params = decode_attention_params(p);
   if (splits > 1) {
     const int64_t words = SplitResults(nullptr, num_heads, p.rows_per_head(), p.head_dim).num_words(num_heads, splits);

@@ -1,7 +1,7 @@
 // Decode attention: the formula of attention.cuh for up to 16 query rows a key/value head, in one launch.
 //
-// A block has one (batch row, key/value head) and every num_splits-th tile of its keys; a warp has every kWarps-th of
-// those (decode_warp.cuh). The blocks of a head draw tickets. All but the last one to come publish their results and
+// A block has one (batch row, key/value head) and of its keys every num_splits-th kWarps tiles, each warp one of those
+// (decode_warp.cuh): a short row is in few blocks. The blocks of a head that have keys draw tickets. All but the last one to come publish their results and
 // leave; the last one waits for them, merges, and stores. It waits for blocks only that run already, so nothing needs
 // to be resident, and a published word says by itself that it is there: it is not kUnwritten. So no fence is needed.
 // Floor: k and v through global memory once.
@@ -18,9 +18,7 @@ struct DecodeAttentionConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;
   static constexpr bool kPlain = kPlain_;
-  static constexpr int kWarps = 8;
-  static constexpr int kEagerWarps = 4;  // that load keys before they know the length
-  static constexpr int kMinBlocks = kHeadDim == 64 && kPlain ? 2 : 1;  // that a multiprocessor's registers must hold
+  static constexpr int kWarps = kHeadDim == 64 && kPlain ? 16 : 8;  // 64 KB on their way to a multiprocessor
   static constexpr int kThreads = 32 * kWarps;
 };
 
@@ -30,6 +28,7 @@ struct DecodeAttentionSharedStorage {
   bool is_last;  // of the blocks of a head to come
 };
 
+constexpr int kEagerTiles = 64;  // of a head, that load before the length is known
 constexpr uint32_t kUnwritten = 0xffffffff;  // a NaN that no arithmetic gives
 
 // What the blocks of a head tell each other; all kUnwritten between launches.
@@ -158,7 +157,7 @@ __device__ __forceinline__ void merge_lanes(DecodeColumns& columns, int lanes) {
 }
 
 template <typename T, typename Config>
-__global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void decode_attention_kernel(
+__global__ __launch_bounds__(Config::kThreads, 1) void decode_attention_kernel(
     const DecodeAttentionParams params) {
   using Storage = DecodeAttentionSharedStorage<Config>;
   constexpr int kHeadDim = Config::kHeadDim, kThreads = Config::kThreads;
@@ -169,7 +168,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void decode_a
   const int num_splits = gridDim.x, split = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z;
   const int num_rows = p.rows_per_head();
 
-  const int first_tile = split + num_splits * warp;
+  const int first_tile = split * Config::kWarps + warp;
   const auto head_of = [&](const void* base, const DecodeStrides& strides) {
     return advance(advance(static_cast<const T*>(base), batch, strides.batch), kv_head, strides.head);
   };
@@ -180,7 +179,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void decode_a
   // In the order of use; what comes late holds up all that was asked for after it.
   const LoadedRowBounds loaded(p, batch);
   DecodeWarp<T, kHeadDim, false, true, Config::kRows> worker;
-  const bool is_eager = warp < Config::kEagerWarps && p.first_key.data == nullptr && p.window == 0 &&
+  const bool is_eager = first_tile < kEagerTiles && p.first_key.data == nullptr && p.window == 0 &&
                         first_tile * kDecodeKeys < p.max_keys;
   if (is_eager) worker.load_keys(cache, first_tile * kDecodeKeys, {0, p.max_keys});
   const T* q[2];
@@ -200,7 +199,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void decode_a
   const KeyRange first_keys = visible_keys(p, bounds, 0), last_keys = visible_keys(p, bounds, p.s_q - 1);
   const KeyRange keys{first_keys.begin, last_keys.end};
   const int num_tiles = max((keys.end - keys.begin + kDecodeKeys - 1) / kDecodeKeys, 0);
-  const int num_parts = min(num_splits, max(num_tiles, 1));
+  const int num_parts = min(num_splits, max((num_tiles + Config::kWarps - 1) / Config::kWarps, 1));
   if (split >= num_parts) return;
   if (!is_eager) worker.prefetch(cache, keys, first_tile);
 

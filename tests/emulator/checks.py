@@ -105,14 +105,31 @@ def fused_mlp():
 
 @check("attention/attention_64.cu")
 def attention():
-    """Several tiles, the last ragged, NaN in the cache: prefill; and decode, its keys split."""
+    """Several tiles, the last ragged, NaN in the cache: prefill; and few rows, their keys split."""
     q = torch.randn(1, 70, 4, 64, dtype=torch.float16)
     k, v = torch.randn(2, 1, 600, 2, 64, dtype=torch.float16)
     k[:, 573:], v[:, 573:] = float("nan"), float("nan")
     prompt, lengths = torch.tensor([150]), torch.tensor([573])
     return lambda: (
         ops.attention(q, k, v, causal=True, kv_lengths=prompt),
-        ops.attention(q[:, :1], k[:, :, :1], v[:, :, :1], causal=True, kv_lengths=lengths),
+        ops.attention_layer_norm(
+            q[:, :1], k[:, :, :1], v[:, :, :1], causal=True, kv_lengths=lengths
+        ),
+    )
+
+
+@check("attention/decode_attention.cu")
+def decode_attention():
+    """Keys split over blocks, the last tile ragged, NaN in the cache; several tiles a warp."""
+    q = torch.randn(1, 3, 4, 96, dtype=torch.float16)
+    k, v = torch.randn(2, 1, 600, 1, 96, dtype=torch.float16)
+    k[:, 573:], v[:, 573:] = float("nan"), float("nan")
+    lengths, mask = torch.tensor([573]), torch.rand(1, 3, 600) < 0.5
+    return lambda: (
+        ops.attention(q[:, :1], k, v, causal=True, kv_lengths=lengths),
+        ops.attention(q, k, v, causal=True, kv_lengths=lengths, window=300),
+        ops.attention(q, k, v, mask=mask, kv_lengths=lengths),
+        ops.attention(q, k[:, 560:], v[:, 560:], causal=True, kv_lengths=lengths - 560),
     )
 
 

@@ -252,6 +252,63 @@ def test_as_many_splits_as_there_can_be(layer_norm, device):
     (check_layer_norm if layer_norm else check)(q, k, v)
 
 
+# The decode kernel: up to 16 rows (query tokens x query heads of a group) a key/value head.
+DECODE_HEAD_DIMS = [64, 96, 128]
+ROWS = [(1, 1), (1, 8), (8, 1), (3, 3), (1, 9), (1, 16), (4, 4), (16, 1), (5, 3), (1, 17), (17, 1)]
+
+
+@pytest.mark.parametrize("head_dim", DECODE_HEAD_DIMS)
+@pytest.mark.parametrize(("s_q", "group"), ROWS)
+def test_decode_rows(s_q, group, head_dim, device):
+    shape = {"b": 2, "s_q": s_q, "s_kv": 50, "num_kv_heads": 2, "group": group}
+    q, k, v = make_qkv(device, torch.bfloat16, head_dim=head_dim, **shape)
+    check(q, k, v, causal=True, kv_lengths=torch.tensor([50, 21], device=device))
+
+
+@pytest.mark.parametrize("head_dim", DECODE_HEAD_DIMS)
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 127, 128, 129, 255, 256, 257, 400])
+def test_decode_lengths(length, head_dim, device):
+    """Both sides of a tile of keys, and of what a block takes at a time; NaN past the lengths."""
+    shape = {"b": 3, "s_q": 1, "s_kv": 400, "group": 4}
+    q, k, v = make_qkv(device, torch.float16, head_dim=head_dim, **shape)
+    lengths = [length, 400 - length, 1]
+    for row, end in enumerate(lengths):
+        k[row, end:], v[row, end:] = NAN, NAN
+    kv_lengths = torch.tensor(lengths, device=device)
+    check(q, k, v, causal=True, kv_lengths=kv_lengths)
+    first_key = torch.tensor([length // 2, 30, 0], device=device)
+    check(q, k, v, causal=True, kv_lengths=kv_lengths, first_key=first_key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize(("s_q", "group"), [(3, 2), (3, 5)])
+def test_decode_rules(s_q, group, head_dim, dtype, device):
+    """What the other tests hold head_dim 64 to, with the lengths of a cache."""
+    shape = {"b": 2, "s_q": s_q, "s_kv": 300, "num_kv_heads": 2, "group": group}
+    q, k, v = make_qkv(device, dtype, head_dim=head_dim, **shape)
+    k[1, 141:], v[1, 141:] = NAN, NAN
+    bounds = {"kv_lengths": torch.tensor([300, 141], device=device)}
+    check(q, k, v, **bounds)
+    check(q, k, v, causal=True, window=37, **bounds)
+    check(q, k, v, causal=True, softcap=3.0, **bounds)
+    for mask_dtype in (torch.bool, torch.float16):
+        mask = make_mask(2, s_q, 280, mask_dtype, device)
+        check(q, k, v, mask=mask, first_key=torch.tensor([0, 9], device=device), **bounds)
+
+
+def test_decode_leaves_no_trace(device):
+    """Launches of one stream share a workspace: what one leaves in it must not reach the next."""
+    cases = []
+    for s_kv, s_q, head_dim in [(1500, 1, 128), (700, 4, 64), (140, 2, 96), (1500, 1, 128)]:
+        cases.append(
+            make_qkv(device, torch.float16, s_q=s_q, s_kv=s_kv, group=4, head_dim=head_dim)
+        )
+    expected = [check(*case, causal=True) for case in cases]
+    for case, before in zip(cases, expected, strict=True):
+        assert torch.equal(ops.attention(*case, causal=True), before)
+
+
 @large
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_long_prefill(head_dim, device):
@@ -499,6 +556,34 @@ def test_graph_follows_the_lengths(device):
         visible = visible_keys(2, 1, 4096, kv_lengths=lengths).to(device)
         golden = full_matrix(q.double(), k.double(), v.double(), visible)
         assert_as_accurate(captured, golden, full_matrix(q, k, v, visible))
+
+
+@CUDA_ONLY
+def test_graphs_and_streams_side_by_side(device):
+    """Graphs of one capture stream, replayed at the same time, and calls on other streams."""
+    cases = []
+    for length in (4096, 3000, 2000, 1000):
+        q, k, v = make_qkv(device, torch.float16, s_q=1, s_kv=length, num_kv_heads=2, group=4)
+        cases.append((q, k, v, ops.attention(q, k, v)))
+    graphs, outputs = [], []
+    for q, k, v, _ in cases[:2]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append([ops.attention(q, k, v) for _ in range(8)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams[:2], strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        results = []
+        for (q, k, v, _), stream in zip(cases[2:], streams[2:], strict=True):
+            with torch.cuda.stream(stream):
+                results.append([ops.attention(q, k, v) for _ in range(8)])
+        torch.cuda.synchronize()
+        for (*_, expected), actual in zip(cases, [*outputs, *results], strict=True):
+            assert all(torch.equal(out, expected) for out in actual)
 
 
 @CUDA_ONLY
