@@ -26,12 +26,15 @@ inline int num_splits(int64_t num_heads, int64_t capacity, int max_splits) {
   return static_cast<int>(std::clamp<int64_t>(splits, 1, std::max(max_splits, 1)));
 }
 
-inline DecodeAttentionParams decode_attention_params(const AttentionParams& p) {
+// threads: of a block. As many of them as can be share the splits of four columns: up to eight.
+inline DecodeAttentionParams decode_attention_params(const AttentionParams& p, int threads) {
+  int log_slices = 0;
+  while (log_slices < 3 && p.rows_per_head() * (p.head_dim / 4) << (log_slices + 1) <= threads) ++log_slices;
   const auto strides = [](const AttentionStrides& s) {
     return DecodeStrides{uint32_t(s.batch / 8), uint32_t(s.token / 8), uint32_t(s.head / 8)};
   };
   return {nullptr, strides(p.q_strides), strides(p.k_strides), strides(p.v_strides),
-          1.f / static_cast<float>(p.group), p};
+          1.f / static_cast<float>(p.group), log_slices, p};
 }
 
 template <typename T, typename Config>
@@ -42,7 +45,7 @@ void launch(const AttentionParams& p, cudaStream_t stream) {
   static const int capacity = max_resident_blocks<Storage>(kernel, Config::kThreads);
   const int num_heads = p.batch * p.num_kv_heads;
   const int splits = num_splits(num_heads, capacity, p.max_keys / (kDecodeKeys * Config::kWarps) + 1);
-  DecodeAttentionParams params = decode_attention_params(p);
+  DecodeAttentionParams params = decode_attention_params(p, Config::kThreads);
   if (splits > 1) {
     const int64_t words = SplitResults(nullptr, num_heads, p.rows_per_head(), p.head_dim).num_words(num_heads, splits);
     params.workspace = static_cast<uint32_t*>(workspace(words * int64_t(sizeof(uint32_t)), stream));

@@ -1,9 +1,10 @@
 // Decode attention: the formula of attention.cuh for up to 16 query rows a key/value head, in one launch.
 //
 // A block has one (batch row, key/value head) and of its keys every num_splits-th kWarps tiles, each warp one of those
-// (decode_warp.cuh): a short row is in few blocks. The blocks of a head that have keys draw tickets. All but the last one to come publish their results and
-// leave; the last one waits for them, merges, and stores. It waits for blocks only that run already, so nothing needs
-// to be resident, and a published word says by itself that it is there: it is not kUnwritten. So no fence is needed.
+// (decode_warp.cuh): a short row is in few blocks. The blocks of a head that have keys draw tickets. All but the last
+// to come publish their results and leave; that one waits for them, merges, and stores. It waits for blocks only that
+// run already, so nothing needs to be resident, and a published word says by itself that it is there: it is not
+// kUnwritten. So no fence is needed.
 // Floor: k and v through global memory once.
 #pragma once
 #include "attention/decode_attention.h"
@@ -55,6 +56,7 @@ struct DecodeAttentionParams {
   uint32_t* workspace;  // of SplitResults, null where there is one split
   DecodeStrides q_strides, k_strides, v_strides;
   float inverse_group;
+  int log_slices;  // of the threads that merge four columns of a row, at most those of a warp
   AttentionParams attention;
 
   // Of a query row, counted [s_q, group]: exact for rows that fit a block.
@@ -69,12 +71,6 @@ __device__ __forceinline__ T* advance(T* from, uint32_t count, uint32_t stride) 
 __device__ __forceinline__ uint32_t published(float x) {
   const uint32_t bits = __float_as_uint(x);
   return bits == kUnwritten ? 0x7fffffffu : bits;
-}
-
-__device__ __forceinline__ void publish(uint32_t* row, int column, int head_dim, const DecodeColumns& part) {
-  ptx::st_global_relaxed(row + column, make_uint4(published(part.out.x), published(part.out.y), published(part.out.z),
-                                                  published(part.out.w)));
-  if (column == 0) ptx::st_global_relaxed_8(row + head_dim, make_uint2(published(part.max), published(part.sum)));
 }
 
 __device__ __forceinline__ bool is_written(const uint4& v, const uint2& w) {
@@ -92,29 +88,37 @@ __device__ __forceinline__ void merge(DecodeColumns& to, const DecodeColumns& pa
   to.sum = a * to.sum + b * part.sum;
 }
 
-// Merge what splits first, first + step, ... published of a row; `own` stands for own_split, which did not.
+// Merge what splits first, first + step, ... published of a row; own_split did not, it would have published own_out and
+// own_rest. In the order of the splits, whichever block does it.
 // row: where column 0 of the row lies in split 0.
 __device__ __forceinline__ DecodeColumns merge_splits(const uint32_t* row, int split_words, int num_splits, int first,
-                                                      int step, int own_split, const DecodeColumns& own, int column,
-                                                      int head_dim) {
+                                                      int step, int own_split, const uint4& own_out,
+                                                      const uint2& own_rest, int column, int head_dim) {
   constexpr int kAtATime = 8;
   DecodeColumns merged{make_float4(0.f, 0.f, 0.f, 0.f), -INFINITY, 0.f};
   for (; first < num_splits; first += step * kAtATime) {
     uint4 out[kAtATime];
     uint2 rest[kAtATime];
+    bool is_other[kAtATime];
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) {
+      const int at = first + i * step;
+      const bool is_own = at == own_split;
+      is_other[i] = at < num_splits && !is_own;
+      out[i] = is_own ? own_out : make_uint4(0, 0, 0, 0);
+      rest[i] = is_own ? own_rest : make_uint2(__float_as_uint(-INFINITY), 0);
+    }
     bool all_written;
     do {
+#pragma unroll
+      for (int i = 0; i < kAtATime; ++i) {
+        const uint32_t* from = row + (first + i * step) * split_words;
+        if (is_other[i]) out[i] = ptx::ld_global_relaxed(from + column);
+        if (is_other[i]) rest[i] = ptx::ld_global_relaxed_8(from + head_dim);
+      }
       all_written = true;
 #pragma unroll
-      for (int i = 0; i < kAtATime; ++i) {
-        const uint32_t* from = row + min(first + i * step, num_splits - 1) * split_words;
-        out[i] = ptx::ld_global_relaxed(from + column);
-        rest[i] = ptx::ld_global_relaxed_8(from + head_dim);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtATime; ++i) {
-        all_written &= is_written(out[i], rest[i]) || min(first + i * step, num_splits - 1) == own_split;
-      }
+      for (int i = 0; i < kAtATime; ++i) all_written &= is_written(out[i], rest[i]);
     } while (!all_written);
     DecodeColumns parts[kAtATime];
     float max = merged.max;
@@ -123,8 +127,6 @@ __device__ __forceinline__ DecodeColumns merge_splits(const uint32_t* row, int s
       parts[i] = {make_float4(__uint_as_float(out[i].x), __uint_as_float(out[i].y), __uint_as_float(out[i].z),
                               __uint_as_float(out[i].w)),
                   __uint_as_float(rest[i].x), __uint_as_float(rest[i].y)};
-      if (first + i * step == own_split) parts[i] = own;
-      if (first + i * step >= num_splits) parts[i] = {make_float4(0.f, 0.f, 0.f, 0.f), -INFINITY, 0.f};
       max = fmaxf(max, parts[i].max);
     }
     const float origin = max == -INFINITY ? 0.f : max, rescale = ptx::ex2(merged.max - origin);
@@ -229,9 +231,7 @@ __global__ __launch_bounds__(Config::kThreads, 1) void decode_attention_kernel(
   // Each four columns of a row by `slices` threads, which share the splits.
   const bool is_last = smem.is_last;
   const int num_units = num_rows * kColumns;
-  int log_slices = 0;
-  while (is_last && num_units << (log_slices + 1) <= kThreads && log_slices < 3) ++log_slices;
-  const int slices = 1 << log_slices;
+  const int log_slices = is_last ? params.log_slices : 0, slices = 1 << log_slices;
 #pragma unroll 1
   for (int begin = 0; begin < num_units * slices; begin += kThreads) {
     const int i = begin + int(threadIdx.x), unit = min(i >> log_slices, num_units - 1), slice = i & (slices - 1);
@@ -239,12 +239,19 @@ __global__ __launch_bounds__(Config::kThreads, 1) void decode_attention_kernel(
     DecodeColumns result = merge_decode_parts<Config::kWarps>(smem.parts, row, column);
     const bool stores = i < num_units * slices && slice == 0;
     uint32_t* const split_row = splits + row * results.row_words;
-    if (!is_last) {
-      if (stores) publish(split_row + split * results.split_words, column, kHeadDim, result);
-      continue;
-    }
     if (num_parts > 1) {
-      result = merge_splits(split_row, results.split_words, num_parts, slice, slices, split, result, column, kHeadDim);
+      const uint4 out = make_uint4(published(result.out.x), published(result.out.y), published(result.out.z),
+                                   published(result.out.w));
+      const uint2 rest = make_uint2(published(result.max), published(result.sum));
+      if (!is_last) {
+        if (!stores) continue;
+        uint32_t* const to = split_row + split * results.split_words;
+        ptx::st_global_relaxed(to + column, out);
+        if (column == 0) ptx::st_global_relaxed_8(to + kHeadDim, rest);
+        continue;
+      }
+      result = merge_splits(split_row, results.split_words, num_parts, slice, slices, split, out, rest, column,
+                            kHeadDim);
       merge_lanes(result, slices);
     }
     if (!stores) continue;
