@@ -1,6 +1,7 @@
 """Small checks of the emulated kernels against the CPU references, for mutants to fail.
 
-Each runs under several schedules, on one multiprocessor: blocks have more than one tile to do.
+Each runs under several schedules, on one multiprocessor where it does not say otherwise: blocks
+have more than one tile to do.
 """
 
 import os
@@ -26,21 +27,23 @@ class Check:
     Attributes:
         sources: The kernel sources that it runs, a pattern in csrc.
         prepare: Makes inputs and returns the call.
+        num_sms: Of the emulated device.
     """
 
     sources: str
     prepare: Callable[[], Callable[[], Results]]
+    num_sms: int
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(sources: str):
+def check(sources: str, num_sms: int = 1):
     """Register the decorated function as a `Check`, by its name."""
 
     def register(prepare: Callable[[], Callable[[], Results]]):
         assert prepare.__name__ not in CHECKS
-        CHECKS[prepare.__name__] = Check(sources, prepare)
+        CHECKS[prepare.__name__] = Check(sources, prepare, num_sms)
         return prepare
 
     return register
@@ -149,6 +152,60 @@ def rope_append():
     return call
 
 
+@check("decode/*.cu", num_sms=5)
+def decode_step():
+    """Two steps of two layers, and of one: their flags differ by the count of steps alone.
+
+    Down in two parts, a head whose keys are shared out to two blocks.
+    """
+    hidden, intermediate, d, slots = 136, 2104, 64, torch.tensor([300])
+
+    def matrix(*shape: int) -> Tensor:
+        return (torch.randn(shape) * shape[-1] ** -0.5).half()
+
+    def norm(size: int) -> Tensor:
+        return (1 + 0.3 * torch.randn(size)).half()
+
+    layers = {
+        "sa_norm": [norm(hidden) for _ in range(2)],
+        "qkv_weight": [matrix(6 * d, hidden) for _ in range(2)],
+        "output_weight": [matrix(hidden, 2 * d) for _ in range(2)],
+        "mlp_norm": [norm(hidden) for _ in range(2)],
+        "gate_up_weight": [matrix(2 * intermediate, hidden) for _ in range(2)],
+        "down_weight": [matrix(hidden, intermediate) for _ in range(2)],
+        "q_norm": [norm(d) for _ in range(2)],
+        "k_norm": [norm(d) for _ in range(2)],
+    }
+    inputs, caches = matrix(2, 1, hidden) * 8, torch.randn(2, 2, 1, 2, 320, d).half()
+    caches[:, :, :, :, 301:] = float("nan")
+    table = torch.randn(320, d // 2, 2)
+
+    def steps(num_layers: int) -> list[Tensor]:
+        weights = ops.DecodeWeights(**{name: each[:num_layers] for name, each in layers.items()})
+        workspace = ops.new_decode_workspace(weights, 1, num_heads=2)
+        k_cache, v_cache = (cache.clone().unbind() for cache in caches[:, :num_layers])
+        outs = [torch.full((1, hidden), float("nan")).half() for _ in inputs]
+        for i, out in enumerate(outs):
+            ops.decode_step(
+                inputs[i],
+                weights,
+                k_cache=k_cache,
+                v_cache=v_cache,
+                rope_table=table,
+                positions=slots - 1 + i,
+                slots=slots - 1 + i,
+                overflow=torch.zeros(1, dtype=torch.int32),
+                workspace=workspace,
+                out=out,
+                num_heads=2,
+                norm_eps=0.1,
+                rope_interleaved=True,
+            )
+        return [*outs, *(cache[:, :, 299:301] for cache in (*k_cache, *v_cache))]
+
+    return lambda: (*steps(2), *steps(1))
+
+
 def disagreement(actual: Tensor, expected: Tensor) -> str | None:
     """What is wrong with `actual`; a rounding or two of the dtype is not."""
     if not actual.isfinite().all():
@@ -173,6 +230,7 @@ def run_check(name: str, kernels: dict[str, Callable]) -> str | None:
         raise KeyError(f"csrc has no kernel of {op}")
 
     expected = results()
+    os.environ["FASTSHARD_EMULATOR_SMS"] = str(CHECKS[name].num_sms)
     for seed in SEEDS:
         os.environ["FASTSHARD_EMULATOR_SEED"] = seed
         try:
@@ -190,6 +248,5 @@ def run_check(name: str, kernels: dict[str, Callable]) -> str | None:
 
 def report(library: str, names: Sequence[str], to: Connection) -> None:
     """Send what is wrong with each named check: the body of a process, which a mutant may crash."""
-    os.environ["FASTSHARD_EMULATOR_SMS"] = "1"
     kernels = runtime.load(Path(library))
     to.send([problem for name in names if (problem := run_check(name, kernels))])

@@ -324,6 +324,73 @@ MUTANTS = [
         "    if (tail < p.vocab_size) scalar(tail);",
         "    scalar(tail);",
     ),
+    Mutant(
+        "decode: a producer fills a stage that is still being read",
+        "decode_step",
+        "gemv/weight_ring.cuh",
+        "  wait_for_phase(ring.barriers.free[position.stage], position.parity ^ 1);\n",
+    ),
+    Mutant(
+        "decode: a consumer reads a stage before it is full",
+        "decode_step",
+        "gemv/product.cuh",
+        "    wait_for_phase(ring.barriers.full[position.stage], position.parity);\n",
+    ),
+    Mutant(
+        "decode: no barrier before the sums of the warps are read",
+        "decode_step",
+        "gemv/product.cuh",
+        "    ptx::bar_sync(1, kConsumerThreads);\n    float2 sum",
+        "    float2 sum",
+    ),
+    Mutant(
+        "decode: no barrier before the next group's sums",
+        "decode_step",
+        "gemv/product.cuh",
+        "    if (group > 0) ptx::bar_sync(1, kConsumerThreads);",
+    ),
+    Mutant(
+        "decode: activations are taken before they are written",
+        "decode_step",
+        "decode/activations.cuh",
+        "      waits = wrong != 0;\n",
+        "      waits = false;\n",
+    ),
+    Mutant(
+        "decode: the parts of down are added up before they are written",
+        "decode_step",
+        "decode/step.cuh",
+        "        } while (wrong != 0);\n",
+        "        } while (false);\n",
+    ),
+    Mutant(
+        "decode: the results of another block are merged before they are written",
+        "decode_step",
+        "decode/attend.cuh",
+        "    } while (wrong != 0);\n",
+        "    } while (false);\n",
+    ),
+    Mutant(
+        "decode: no barrier before the rotated heads are read",
+        "decode_step",
+        "decode/attend.cuh",
+        "    if (first_key < range.end) worker.load_values(keys, first_key, range);\n"
+        "    ptx::bar_sync(1, kConsumerThreads);\n",
+        "    if (first_key < range.end) worker.load_values(keys, first_key, range);\n",
+    ),
+    Mutant(
+        "decode: a part's last keys are another part's",
+        "decode_step",
+        "decode/attend.cuh",
+        "HideFrom{range.end}",
+        "HideFrom{range.end + 1}",
+    ),
+    Mutant(
+        "decode: the step counter stands still",
+        "decode_step",
+        "decode/step.cuh",
+        "    *p.workspace += 1;\n",
+    ),
 ]
 
 
