@@ -30,11 +30,11 @@ constexpr int shared_bytes() {
 namespace launch_detail {
 
 template <typename SharedStorage, typename... KernelArgs>
-void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t stream, bool cooperative,
-            const std::type_identity_t<KernelArgs>&... args) {
-  constexpr int kBytes = shared_bytes<SharedStorage>();
-  if (kBytes > 48 * 1024) {
-    FS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes, cudaStream_t stream,
+            bool cooperative, const std::type_identity_t<KernelArgs>&... args) {
+  const int bytes = shared_bytes<SharedStorage>() + extra_bytes;
+  if (bytes > 48 * 1024) {
+    FS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeCooperative;
@@ -42,7 +42,7 @@ void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t 
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = kBytes;
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
@@ -54,27 +54,28 @@ void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t 
 template <typename SharedStorage, typename... KernelArgs>
 void launch_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t stream,
                    const std::type_identity_t<KernelArgs>&... args) {
-  launch_detail::launch<SharedStorage>(kernel, grid, threads, stream, false, args...);
+  launch_detail::launch<SharedStorage>(kernel, grid, threads, 0, stream, false, args...);
 }
 
 // All blocks resident at once, so that the kernel may call grid_sync(); take the grid from max_resident_blocks.
+// extra_bytes: of shared memory behind the storage; the two together are at most kMaxSharedBytes.
 template <typename SharedStorage, typename... KernelArgs>
-void launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t stream,
-                               const std::type_identity_t<KernelArgs>&... args) {
-  launch_detail::launch<SharedStorage>(kernel, grid, threads, stream, true, args...);
+void launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes,
+                               cudaStream_t stream, const std::type_identity_t<KernelArgs>&... args) {
+  launch_detail::launch<SharedStorage>(kernel, grid, threads, extra_bytes, stream, true, args...);
 }
 
 // Blocks of this kernel that fit on the current device together.
 template <typename SharedStorage, typename... KernelArgs>
-int max_resident_blocks(void (*kernel)(KernelArgs...), int threads) {
-  constexpr int kBytes = shared_bytes<SharedStorage>();
+int max_resident_blocks(void (*kernel)(KernelArgs...), int threads, int extra_bytes = 0) {
+  const int bytes = shared_bytes<SharedStorage>() + extra_bytes;
   int device = 0, num_sms = 0, blocks_per_sm = 0;
   FS_CUDA_CHECK(cudaGetDevice(&device));
   FS_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  if (kBytes > 48 * 1024) {
-    FS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  if (bytes > 48 * 1024) {
+    FS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   }
-  FS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, threads, kBytes));
+  FS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, threads, bytes));
   return num_sms * blocks_per_sm;
 }
 

@@ -24,6 +24,20 @@ struct alignas(16) AttendStorage {
   };
 };
 
+// Where a token is in the caches, read once a step.
+struct DecodeRow {
+  int slot, position, first_key;
+  bool inside;  // the caches and the table
+};
+
+__device__ __forceinline__ DecodeRow load_row(const DecodeStepParams& p, int token) {
+  const int64_t slot = p.slots[token], position = p.positions[token];
+  const int64_t first_key = p.first_key == nullptr ? 0 : p.first_key[token];
+  const bool inside = slot >= 0 && slot < p.cache_size && position >= 0 && position < p.num_positions;
+  return {inside ? int(slot) : 0, inside ? int(position) : 0, int(max(min(first_key, int64_t(p.cache_size)), int64_t(0))),
+          inside};
+}
+
 // What a part found of a row: words of one float each, its outputs, its maximum and its sum.
 __device__ __forceinline__ uint64_t* partial_row(const DecodeStepParams& p, int head, int part, int row) {
   return p.buffers.partials + int64_t((head * kDecodeMaxSplits + part) * p.group() + row) * (p.head_dim + 2);
@@ -117,9 +131,9 @@ __device__ __forceinline__ void load_head(const DecodeStepParams& p, const uint6
 }
 
 // All items of this block. All consumer threads call it.
-// longest: the most old keys of a row. flag: of all that this layer's blocks tell each other.
+// rows: of the tokens. longest: the most old keys of a row. flag: of all that this layer's blocks tell each other.
 template <typename T, int kGroup, int kHeadDim>
-__device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer& layer, int longest, uint32_t flag,
+__device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer& layer, const DecodeRow* rows, int longest, uint32_t flag,
                                        AttendStorage<T, kGroup, kHeadDim>& smem) {
   const int warp = threadIdx.x / 32;
   const int num_kv_heads = ptx::mov_opaque(p.num_kv_heads), group = ptx::mov_opaque(p.num_heads) / num_kv_heads;
@@ -134,12 +148,10 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
   for (int item = blockIdx.x; item < num_heads * parts; item += gridDim.x) {
     const int part = item / num_heads, head = item % num_heads;
     const int token = head / num_kv_heads, kv_head = head % num_kv_heads;
-    const int64_t slot = p.slots[token], position = p.positions[token];
-    const bool inside = slot >= 0 && slot < p.cache_size && position >= 0 && position < p.num_positions;
-    int first = p.first_key == nullptr ? 0 : int(max(min(p.first_key[token], int64_t(p.cache_size)), int64_t(0)));
-    if (layer.window > 0 && inside) first = max(first, int(slot) + 1 - layer.window);
+    const DecodeRow row = rows[token];
+    const int first = layer.window > 0 ? max(row.first_key, row.slot + 1 - layer.window) : row.first_key;
     // the part's old keys: whole tiles of 16 but for the last
-    const int old = inside ? max(int(slot) - first, 0) : 0, tiles = (old + kDecodeKeys - 1) / kDecodeKeys;
+    const int old = row.inside ? max(row.slot - first, 0) : 0, tiles = (old + kDecodeKeys - 1) / kDecodeKeys;
     const KeyRange range{first + tiles * part / parts * kDecodeKeys,
                          first + min(old, tiles * (part + 1) / parts * kDecodeKeys)};
     const int64_t cache = (int64_t(token) * num_kv_heads + kv_head) * p.cache_size * kHeadDim;
@@ -151,8 +163,8 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
     const int first_key = range.begin + warp * kDecodeKeys;
     if (first_key < range.end) worker.load_keys(keys, first_key, range);
     const float2* angles = nullptr;
-    if (p.rope_table != nullptr && inside) {
-      angles = reinterpret_cast<const float2*>(p.rope_table) + position * (p.rotary_dim / 2);
+    if (p.rope_table != nullptr && row.inside) {
+      angles = reinterpret_cast<const float2*>(p.rope_table) + int64_t(row.position) * (p.rotary_dim / 2);
     }
     ptx::bar_sync(1, kConsumerThreads);  // the storage is free
     const int heads = group + (part == 0 ? 2 : 0);  // the new key and value, too
@@ -174,32 +186,32 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
       worker.shared_q[i] = &smem.q[min(int(threadIdx.x) % 32 / 4 + 8 * i, group - 1)][threadIdx.x % 4 * 8];
     }
     worker.attend(keys, range, warp, kConsumerWarps, exp_scale, HideFrom{range.end});
-    if (part == 0 && inside && slot >= first && warp == kConsumerWarps - 1) {
+    if (part == 0 && row.inside && row.slot >= first && warp == kConsumerWarps - 1) {
       const auto nothing = [] {};
       worker.load_one(smem.k, smem.v);
       worker.attend_tile(0, exp_scale, HideFrom{1}, nothing, nothing);
     }
-    if (part == 0 && inside) {
+    if (part == 0 && row.inside) {
       if (threadIdx.x < kHeadDim) {
-        k_cache[slot * kHeadDim + threadIdx.x] = smem.k[threadIdx.x];
-        v_cache[slot * kHeadDim + threadIdx.x] = smem.v[threadIdx.x];
+        k_cache[int64_t(row.slot) * kHeadDim + threadIdx.x] = smem.k[threadIdx.x];
+        v_cache[int64_t(row.slot) * kHeadDim + threadIdx.x] = smem.v[threadIdx.x];
       }
     }
-    if (!inside && part == 0 && threadIdx.x == 0) *p.overflow = 1;
+    if (!row.inside && part == 0 && threadIdx.x == 0) *p.overflow = 1;
     worker.write(smem.parts, warp, group, exp_scale);
     ptx::bar_sync(1, kConsumerThreads);
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < group * (kHeadDim / 4); i += kConsumerThreads) {
-      const int row = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
-      DecodeColumns sum = merge_decode_parts<kConsumerWarps>(smem.parts, row, column);
+      const int query = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
+      DecodeColumns sum = merge_decode_parts<kConsumerWarps>(smem.parts, query, column);
       if (part > 0) {
-        store_partial(partial_row(p, head, part, row), column, kHeadDim, sum, flag);
+        store_partial(partial_row(p, head, part, query), column, kHeadDim, sum, flag);
         continue;
       }
-      merge_parts(sum, p, head, parts, row, column, flag);
+      merge_parts(sum, p, head, parts, query, column, flag);
       const float scale = sum.sum > 0.f ? 1.f / sum.sum : 0.f;  // nothing seen: zeros
-      uint64_t* to = p.buffers.attended + (token * p.q_size() + (kv_head * group + row) * kHeadDim + column) / 2;
+      uint64_t* to = p.buffers.attended + (token * p.q_size() + (kv_head * group + query) * kHeadDim + column) / 2;
       store_flagged(to, pack_pair<T>(sum.out.x * scale, sum.out.y * scale), flag);
       store_flagged(to + 1, pack_pair<T>(sum.out.z * scale, sum.out.w * scale), flag);
     }

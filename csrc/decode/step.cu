@@ -1,4 +1,5 @@
 // Launcher of decode_step: one block an SM, all of them resident.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -9,14 +10,18 @@ namespace decode_detail {
 
 template <typename T, typename Config>
 bool launch(const DecodeStepParams& p, cudaStream_t stream) {
+  using Storage = DecodeStorage<T, Config>;
+  static_assert(sizeof(Storage) + kMinRingStages * kChunkBytes <= kMaxSharedBytes);
   const auto kernel = decode_step_kernel<T, Config>;
   if (!supports_cooperative_launch()) return false;
-  const int resident = max_resident_blocks<DecodeStorage<T, Config>>(kernel, kStreamThreads);
-  if (resident < 1) return false;
   DecodeStepParams params = p;
+  params.ring_stages = std::min<int>(kMaxRingStages, (kMaxSharedBytes - sizeof(Storage)) / kChunkBytes);
+  const int ring_bytes = params.ring_stages * kChunkBytes;
+  const int resident = max_resident_blocks<Storage>(kernel, kStreamThreads, ring_bytes);
+  if (resident < 1) return false;
   int64_t num_words;
   params.buffers = decode_buffers(p, &num_words);
-  launch_cooperative_kernel<DecodeStorage<T, Config>>(kernel, dim3(resident), kStreamThreads, stream, params);
+  launch_cooperative_kernel<Storage>(kernel, dim3(resident), kStreamThreads, ring_bytes, stream, params);
   return true;
 }
 
@@ -33,12 +38,10 @@ bool decode_step(const DecodeStepParams& p, cudaStream_t stream) {
   using namespace decode_detail;
   if (p.num_tokens == 0) return true;
   const int group = p.group();
-  if (p.head_dim == 64 && group <= 7) return launch<T, DecodeConfig<64, 7, 5>>(p, stream);
-  if (p.head_dim == 64 && group <= 8) return launch<T, DecodeConfig<64, 8, 4>>(p, stream);
-  if (p.head_dim == 96 && group <= 8) return launch<T, DecodeConfig<96, 8, 4>>(p, stream);
-  if (p.head_dim == 128 && group <= 4) return launch<T, DecodeConfig<128, 4, 5>>(p, stream);
-  if (p.head_dim == 128 && group <= 7) return launch<T, DecodeConfig<128, 7, 4>>(p, stream);
-  if (p.head_dim == 128 && group <= 8) return launch<T, DecodeConfig<128, 8, 3>>(p, stream);
+  if (p.head_dim == 64 && group <= 8) return launch<T, DecodeConfig<64, 8>>(p, stream);
+  if (p.head_dim == 96 && group <= 8) return launch<T, DecodeConfig<96, 8>>(p, stream);
+  if (p.head_dim == 128 && group <= 4) return launch<T, DecodeConfig<128, 4>>(p, stream);
+  if (p.head_dim == 128 && group <= 8) return launch<T, DecodeConfig<128, 8>>(p, stream);
   throw std::runtime_error("decode_step: head_dim must be 64, 96 or 128 and a key-value head have at most 8 query "
                            "heads, got " + std::to_string(p.head_dim) + " and " + std::to_string(group));
 }

@@ -18,22 +18,21 @@
 
 namespace fastshard {
 
-// kGroup: most query heads of a key-value head; head_dim is kHeadDim.
-template <int kHeadDim_, int kGroup_, int kStages_>
+template <int kHeadDim_, int kGroup_>
 struct DecodeConfig {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kGroup = kGroup_;
-  static constexpr int kStages = kStages_;  // of the ring: what attention leaves of the shared memory
+  static constexpr int kGroup = kGroup_;  // most query heads of a key-value head
 };
 
 template <typename T, typename Config>
 struct DecodeStorage {
-  WeightRing<Config::kStages> ring;
   float rstd[2][kDecodeMaxTokens];  // of the norm before a product, and of the one after it
   union {
     ProductStorage<kDecodeMaxTokens> product;
     AttendStorage<T, Config::kGroup, Config::kHeadDim> attend;
   };
+  DecodeRow rows[kDecodeMaxTokens];
+  RingBarriers barriers;
 };
 
 enum class DecodeProduct { kQkv, kOutput, kGateUp, kDown, kHead };
@@ -228,17 +227,18 @@ __device__ __forceinline__ void leave_layer(const DecodeStepParams& p, int layer
 }
 
 template <typename T, typename Config>
-__device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage<T, Config>& smem) {
+__device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage<T, Config>& smem,
+                                        const WeightRing& ring) {
   // x is written num_layers + 1 times a step, each with its own flag; zeros are no flag.
   const uint32_t first_flag = uint32_t(ptx::ld_relaxed_64(p.workspace)) * (p.num_layers + 1) + 1;
-  RingPosition<Config::kStages> position;
+  RingPosition position;
   const int warp = threadIdx.x / 32;
   const RowParts down(p.hidden_size, p.intermediate_size);
+  if (threadIdx.x < p.num_tokens) smem.rows[threadIdx.x] = load_row(p, threadIdx.x);
+  ptx::bar_sync(1, kConsumerThreads);
   int longest = 1;  // old keys of a row
 #pragma unroll 1
-  for (int token = 0; token < p.num_tokens; ++token) {
-    longest = max(longest, int(min(p.slots[token], int64_t(p.cache_size))));
-  }
+  for (int token = 0; token < p.num_tokens; ++token) longest = max(longest, smem.rows[token].slot);
   enter_rows<T>(p, first_flag);
 
   const int num_matrices = num_decode_matrices(p);
@@ -255,7 +255,7 @@ __device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage
     if (product == DecodeProduct::kGateUp) in = p.buffers.middle, squares = p.buffers.middle_squares;
     if (product == DecodeProduct::kDown) in = p.buffers.hidden;
 
-    if (product == DecodeProduct::kOutput) attend(p, weights, longest, flag, smem.attend);
+    if (product == DecodeProduct::kOutput) attend(p, weights, smem.rows, longest, flag, smem.attend);
     int part = 0;
     float* const rstd = smem.rstd[index / 2 % 2];
     bool first_load = has_norm && warp < p.num_tokens;
@@ -310,7 +310,7 @@ __device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage
     for_segments(matrix, down, [&](int index, const Segment& segment) {
       part = index;
       ptx::bar_sync(1, kConsumerThreads);  // the storage is free
-      multiply<T>(smem.ring, position, smem.product, segment, matrix.out_features, matrix.in_features,
+      multiply<T>(ring, position, smem.product, segment, matrix.out_features, matrix.in_features,
                   p.num_tokens, load, begin, finish);
     });
     if (product == DecodeProduct::kDown) leave_layer<T>(p, layer, flag);
@@ -329,16 +329,17 @@ template <typename T, typename Config>
 __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __grid_constant__ DecodeStepParams p) {
   using Storage = DecodeStorage<T, Config>;
   FS_SHARED_STORAGE(Storage, smem);
-  init_ring(smem.ring);
-  if (threadIdx.x < kConsumerThreads) return consume<T, Config>(p, smem);
+  const WeightRing ring(smem, p.ring_stages);
+  init_ring(ring);
+  if (threadIdx.x < kConsumerThreads) return consume<T, Config>(p, smem, ring);
 
-  RingPosition<Config::kStages> position;
+  RingPosition position;
   const RowParts down(p.hidden_size, p.intermediate_size);
   const int num_matrices = num_decode_matrices(p);
   for (int i = 0; i < num_matrices; ++i) {
     const DecodeMatrix<T> m(p, i);
     for_segments(m, down, [&](int, const Segment& segment) {
-      fill_ring(smem.ring, position, segment, m.weight, m.in_features, m.out_features, m.in_features);
+      fill_ring(ring, position, segment, m.weight, m.in_features, m.out_features, m.in_features);
     });
   }
 }

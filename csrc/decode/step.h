@@ -61,7 +61,8 @@ struct DecodeStepParams {
   bool rope_interleaved;
   bool weight_in_fp32;  // multiply norms by their weight before rounding to T, not after
   Activation activation;
-  DecodeBuffers buffers;  // filled in by the launcher
+  DecodeBuffers buffers;  // filled in by the launcher, as the next
+  int ring_stages;
   DecodeLayer layers[kDecodeMaxLayers];
 
   __host__ __device__ int group() const { return num_heads / num_kv_heads; }

@@ -59,8 +59,8 @@ __device__ __forceinline__ int step_column(int slice, int step) {
 //   finish(value, valid, tile, token, n, first, second): ...comes back with the two. All lanes of a warp call both
 //     together, those that have no output with valid = false.
 // Before the call and after it, all consumer threads must have met where the storage was or will be in use.
-template <typename T, int kStages, int kMaxTokens, typename Load, typename Begin, typename Finish>
-__device__ __forceinline__ void multiply(WeightRing<kStages>& ring, RingPosition<kStages>& position,
+template <typename T, int kMaxTokens, typename Load, typename Begin, typename Finish>
+__device__ __forceinline__ void multiply(const WeightRing& ring, RingPosition& position,
                                          ProductStorage<kMaxTokens>& storage, const Segment& segment, int out_features,
                                          int in_features, int num_tokens, Load load, Begin begin, Finish finish) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, thread = lane % 4;
@@ -73,15 +73,14 @@ __device__ __forceinline__ void multiply(WeightRing<kStages>& ring, RingPosition
   for (int step = 0; step < kStepsPerChunk; ++step) {
     offsets[step] = 16 * (row * kChunkUnits + chunk_unit(row, (warp * kStepsPerChunk + step) * 4 + thread));
   }
-  const uint32_t chunks_address = ptx::shared_address(ring.chunks);
   const auto fetch = [&](uint4(&w)[kStepsPerChunk]) {
-    wait_for_phase(ring.full[position.stage], position.parity);
-    const uint32_t from = chunks_address + position.stage * uint32_t(sizeof(ring.chunks[0]));
+    wait_for_phase(ring.barriers.full[position.stage], position.parity);
+    const uint32_t from = ring.chunk(position.stage);
 #pragma unroll
     for (int step = 0; step < kStepsPerChunk; ++step) w[step] = ptx::ld_shared_16(from + offsets[step]);
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&ring.free[position.stage]));
-    position.advance();
+    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&ring.barriers.free[position.stage]));
+    position.advance(ring);
   };
 
   Activations<kMaxTokens> x;

@@ -15,7 +15,7 @@ const char* attempt(bool cooperative, void (*kernel)(Args...), dim3 grid, int th
                     const std::type_identity_t<Args>&... args) {
   try {
     if (cooperative) {
-      launch_cooperative_kernel<SharedStorage>(kernel, grid, threads, nullptr, args...);
+      launch_cooperative_kernel<SharedStorage>(kernel, grid, threads, 0, nullptr, args...);
     } else {
       launch_kernel<SharedStorage>(kernel, grid, threads, nullptr, args...);
     }

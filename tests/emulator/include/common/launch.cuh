@@ -27,13 +27,14 @@ namespace launch_detail {
 
 // The emulated device has no kernel names; the SharedStorage that the compiler writes here tells kernels apart.
 template <typename SharedStorage, typename... KernelArgs>
-void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, bool cooperative, const KernelArgs&... args) {
+void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes, bool cooperative,
+            const KernelArgs&... args) {
   struct Call {
     void (*kernel)(KernelArgs...);
     std::tuple<KernelArgs...> args;
   };
   const Call call{kernel, {args...}};
-  simt::run({grid, threads, shared_bytes<SharedStorage>(), cooperative, __PRETTY_FUNCTION__},
+  simt::run({grid, threads, shared_bytes<SharedStorage>() + extra_bytes, cooperative, __PRETTY_FUNCTION__},
             [](const void* argument) {
               const Call& c = *static_cast<const Call*>(argument);
               std::apply(c.kernel, c.args);
@@ -47,20 +48,20 @@ template <typename SharedStorage, typename... KernelArgs>
 void launch_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t stream,
                    const std::type_identity_t<KernelArgs>&... args) {
   (void)stream;
-  launch_detail::launch<SharedStorage, KernelArgs...>(kernel, grid, threads, false, args...);
+  launch_detail::launch<SharedStorage, KernelArgs...>(kernel, grid, threads, 0, false, args...);
 }
 
 template <typename SharedStorage, typename... KernelArgs>
-void launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaStream_t stream,
-                               const std::type_identity_t<KernelArgs>&... args) {
+void launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes,
+                               cudaStream_t stream, const std::type_identity_t<KernelArgs>&... args) {
   (void)stream;
-  launch_detail::launch<SharedStorage, KernelArgs...>(kernel, grid, threads, true, args...);
+  launch_detail::launch<SharedStorage, KernelArgs...>(kernel, grid, threads, extra_bytes, true, args...);
 }
 
 template <typename SharedStorage, typename... KernelArgs>
-int max_resident_blocks(void (*kernel)(KernelArgs...), int threads) {
+int max_resident_blocks(void (*kernel)(KernelArgs...), int threads, int extra_bytes = 0) {
   (void)kernel;
-  return simt::num_sms() * simt::max_blocks_per_sm(threads, shared_bytes<SharedStorage>());
+  return simt::num_sms() * simt::max_blocks_per_sm(threads, shared_bytes<SharedStorage>() + extra_bytes);
 }
 
 inline bool supports_cooperative_launch() { return simt::supports_cooperative_launch(); }
