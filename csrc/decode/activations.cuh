@@ -28,9 +28,7 @@ __device__ __forceinline__ void load_flagged_rows(Activations<8>& x, const uint6
       for (int step = 0; step < kSliceSteps; ++step) {
         if (step_column(slice, step) < in_features) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            wrong |= (uint32_t(words[step][i].x >> 32) ^ flag) | (uint32_t(words[step][i].y >> 32) ^ flag);
-          }
+          for (int i = 0; i < 2; ++i) wrong |= flag_error(words[step][i], flag);
         }
       }
       waits = wrong != 0;
@@ -52,19 +50,12 @@ __device__ __forceinline__ float load_rstd(const uint64_t* squares, uint32_t fla
 #pragma unroll 1
   for (int first = threadIdx.x % 32; first < num_tiles; first += 32 * kAtATime) {
     uint64_t words[kAtATime];
-    uint32_t wrong;
-    do {
-      wrong = 0;
-#pragma unroll
-      for (int i = 0; i < kAtATime; ++i) {
-        words[i] = ptx::ld_relaxed_64(squares + min(first + 32 * i, num_tiles - 1));
-      }
-#pragma unroll
-      for (int i = 0; i < kAtATime; ++i) wrong |= uint32_t(words[i] >> 32) ^ flag;
-    } while (wrong != 0);
+    load_all_flagged(words, flag, [&](int i) {
+      return ptx::ld_relaxed_64(squares + min(first + 32 * i, num_tiles - 1));
+    });
 #pragma unroll
     for (int i = 0; i < kAtATime; ++i) {
-      if (first + 32 * i < num_tiles) sum += __uint_as_float(uint32_t(words[i]));
+      if (first + 32 * i < num_tiles) sum += flagged_float(words[i]);
     }
   }
   return rsqrtf(warp_reduce_sum(sum) / hidden_size + eps);

@@ -1,8 +1,8 @@
 // Attention of one new token a row over its cache, inside the decode step kernel.
 //
 // An item is a token, a key-value head and a part of its keys; where heads are cut into parts, a block has one item at
-// most. Its warps take 16 keys at a time (attention/decode_warp.cuh), the first of them while q is still on its way. The
-// block of part 0 also has the new key, which it appends to the cache, and adds up what the other parts found.
+// most. Its warps take 16 keys at a time (attention/decode_warp.cuh), the first of them while q is still on its way.
+// The block of part 0 also has the new key, which it appends to the cache, and adds up what the other parts found.
 // Floor: the keys and values in use at the bandwidth of the memory.
 #pragma once
 #include "attention/decode_warp.cuh"
@@ -34,8 +34,8 @@ __device__ __forceinline__ DecodeRow load_row(const DecodeStepParams& p, int tok
   const int64_t slot = p.slots[token], position = p.positions[token];
   const int64_t first_key = p.first_key == nullptr ? 0 : p.first_key[token];
   const bool inside = slot >= 0 && slot < p.cache_size && position >= 0 && position < p.num_positions;
-  return {inside ? int(slot) : 0, inside ? int(position) : 0, int(max(min(first_key, int64_t(p.cache_size)), int64_t(0))),
-          inside};
+  return {inside ? int(slot) : 0, inside ? int(position) : 0,
+          int(max(min(first_key, int64_t(p.cache_size)), int64_t(0))), inside};
 }
 
 // What a part found of a row: words of one float each, its outputs, its maximum and its sum.
@@ -60,37 +60,23 @@ __device__ __forceinline__ void merge_parts(DecodeColumns& mine, const DecodeSte
   constexpr int kAtATime = 4;
 #pragma unroll 1
   for (int first = 1; first < parts; first += kAtATime) {
-    ulonglong2 words[kAtATime][3];
-    uint32_t wrong;
-    do {
-      wrong = 0;
-#pragma unroll
-      for (int i = 0; i < kAtATime; ++i) {
-        const uint64_t* from = partial_row(p, head, min(first + i, parts - 1), row);
-        words[i][0] = ptx::ld_relaxed_2x64(from + column);
-        words[i][1] = ptx::ld_relaxed_2x64(from + column + 2);
-        words[i][2] = ptx::ld_relaxed_2x64(from + p.head_dim);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtATime; ++i) {
-#pragma unroll
-        for (int j = 0; j < 3; ++j) {
-          wrong |= (uint32_t(words[i][j].x >> 32) ^ flag) | (uint32_t(words[i][j].y >> 32) ^ flag);
-        }
-      }
-    } while (wrong != 0);
+    ulonglong2 words[3 * kAtATime];  // of a part: four outputs, maximum and sum
+    load_all_flagged(words, flag, [&](int i) {
+      const uint64_t* const from = partial_row(p, head, min(first + i / 3, parts - 1), row);
+      return ptx::ld_relaxed_2x64(from + (i % 3 == 2 ? p.head_dim : column + i % 3 * 2));
+    });
 #pragma unroll
     for (int i = 0; i < kAtATime; ++i) {
       if (first + i >= parts) continue;
-      const auto value = [&](uint64_t word) { return __uint_as_float(uint32_t(word)); };
-      const float max = value(words[i][2].x), both = fmaxf(mine.max, max), origin = both == -INFINITY ? 0.f : both;
+      const ulonglong2 &low = words[3 * i], &high = words[3 * i + 1], &rest = words[3 * i + 2];
+      const float max = flagged_float(rest.x), both = fmaxf(mine.max, max), origin = both == -INFINITY ? 0.f : both;
       const float keep = ptx::ex2(mine.max - origin), add = ptx::ex2(max - origin);
       mine.max = both;
-      mine.sum = mine.sum * keep + value(words[i][2].y) * add;
-      mine.out.x = mine.out.x * keep + value(words[i][0].x) * add;
-      mine.out.y = mine.out.y * keep + value(words[i][0].y) * add;
-      mine.out.z = mine.out.z * keep + value(words[i][1].x) * add;
-      mine.out.w = mine.out.w * keep + value(words[i][1].y) * add;
+      mine.sum = mine.sum * keep + flagged_float(rest.y) * add;
+      mine.out.x = mine.out.x * keep + flagged_float(low.x) * add;
+      mine.out.y = mine.out.y * keep + flagged_float(low.y) * add;
+      mine.out.z = mine.out.z * keep + flagged_float(high.x) * add;
+      mine.out.w = mine.out.w * keep + flagged_float(high.y) * add;
     }
   }
 }
@@ -122,7 +108,8 @@ __device__ __forceinline__ void load_head(const DecodeStepParams& p, const uint6
 #pragma unroll 1
   for (int i = lane; i < p.head_dim / 2; i += 32) {  // a pair that turns together, or two elements that do not
     const bool turns = i < half && angles != nullptr;
-    const int first = p.rope_interleaved || i >= half ? 2 * i : i, second = first + (p.rope_interleaved || i >= half ? 1 : half);
+    const bool adjacent = p.rope_interleaved || i >= half;
+    const int first = adjacent ? 2 * i : i, second = first + (adjacent ? 1 : half);
     const float2 angle = turns ? angles[i] : make_float2(1.f, 0.f);
     const float x = scratch[first], y = scratch[second];
     out[first] = from_float<T>(x * angle.x - y * angle.y);
@@ -133,8 +120,8 @@ __device__ __forceinline__ void load_head(const DecodeStepParams& p, const uint6
 // All items of this block. All consumer threads call it.
 // rows: of the tokens. longest: the most old keys of a row. flag: of all that this layer's blocks tell each other.
 template <typename T, int kGroup, int kHeadDim>
-__device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer& layer, const DecodeRow* rows, int longest, uint32_t flag,
-                                       AttendStorage<T, kGroup, kHeadDim>& smem) {
+__device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer& layer, const DecodeRow* rows,
+                                    int longest, uint32_t flag, AttendStorage<T, kGroup, kHeadDim>& smem) {
   const int warp = threadIdx.x / 32;
   const int num_kv_heads = ptx::mov_opaque(p.num_kv_heads), group = ptx::mov_opaque(p.num_heads) / num_kv_heads;
   const int num_heads = p.num_tokens * num_kv_heads;

@@ -50,8 +50,12 @@ struct DecodeMatrix {
     product = is_head ? DecodeProduct::kHead : static_cast<DecodeProduct>(index % 4);
     const void* data = nullptr;
     switch (product) {
-      case DecodeProduct::kQkv: data = layer.qkv_weight, out_features = p.qkv_size(), in_features = p.hidden_size; break;
-      case DecodeProduct::kOutput: data = layer.output_weight, out_features = p.hidden_size, in_features = p.q_size(); break;
+      case DecodeProduct::kQkv:
+        data = layer.qkv_weight, out_features = p.qkv_size(), in_features = p.hidden_size;
+        break;
+      case DecodeProduct::kOutput:
+        data = layer.output_weight, out_features = p.hidden_size, in_features = p.q_size();
+        break;
       case DecodeProduct::kGateUp:
         data = layer.gate_up_weight, out_features = 2 * p.intermediate_size, in_features = p.hidden_size;
         break;
@@ -84,11 +88,11 @@ __host__ __device__ inline int num_decode_matrices(const DecodeStepParams& p) {
   return 4 * p.num_layers + (p.head != nullptr ? 1 : 0);
 }
 
-// The workspace: word 0 counts steps, word 1 the blocks that are through; the buffers begin at word 16. Flagged words of
-// two values: [num_tokens, columns / 2] of what enters a layer and of the middle of it (both scaled by the weight of the
-// norm that follows), of qkv, of what attention gives, and of the hidden values of the MLP; of one float: the squares,
-// [num_tokens, tiles of hidden_size], and what the parts of down give, [part, num_tokens, hidden_size]. The residual,
-// [num_tokens, hidden_size / 2] pairs, has no flags: each pair is of one thread alone.
+// The workspace: word 0 counts steps, word 1 the blocks that are through; the buffers begin at word 16. Flagged words
+// of two values: [num_tokens, columns / 2] of what enters a layer and of the middle of it (both scaled by the weight of
+// the norm that follows), of qkv, of what attention gives, and of the hidden values of the MLP; of one float: the
+// squares, [num_tokens, tiles of hidden_size], and what the parts of down give, [part, num_tokens, hidden_size]. The
+// residual, [num_tokens, hidden_size / 2] pairs, has no flags: each pair is of one thread alone.
 inline DecodeBuffers decode_buffers(const DecodeStepParams& p, int64_t* num_words) {
   int64_t end = 16;
   const auto take = [&](int64_t words) {
@@ -120,8 +124,8 @@ struct Residual {
 
   __device__ uint32_t& pair(int token, int n) const { return p.buffers.residual[(token * p.hidden_size + n) / 2]; }
 
-  // Keep the new value of the pair; give it, scaled by the weight of the norm that follows, and its tile's sum of squares
-  // to all blocks. All lanes of a warp call it together.
+  // Keep the new value of the pair; give it, scaled by the weight of the norm that follows, and its tile's sum of
+  // squares to all blocks. All lanes of a warp call it together.
   // norm: the pair of weights, which the caller has loaded early.
   __device__ __forceinline__ void publish(bool valid, int tile, int token, int n, float first, float second,
                                           uint32_t norm, uint64_t* to, uint64_t* squares, uint32_t flag) const {
@@ -197,22 +201,13 @@ __device__ __forceinline__ void leave_layer(const DecodeStepParams& p, int layer
 #pragma unroll 1
       for (int first = 0; first < parts; first += kAtATime) {
         ulonglong2 words[kAtATime];
-        uint32_t wrong;
-        do {
-          wrong = 0;
-#pragma unroll
-          for (int i = 0; i < kAtATime; ++i) {
-            words[i] = ptx::ld_relaxed_2x64(from + min(first + i, parts - 1) * stride);
-          }
-#pragma unroll
-          for (int i = 0; i < kAtATime; ++i) {
-            wrong |= (uint32_t(words[i].x >> 32) ^ flag) | (uint32_t(words[i].y >> 32) ^ flag);
-          }
-        } while (wrong != 0);
+        load_all_flagged(words, flag, [&](int i) {
+          return ptx::ld_relaxed_2x64(from + min(first + i, parts - 1) * stride);
+        });
 #pragma unroll
         for (int i = 0; i < kAtATime; ++i) {
           if (first + i >= parts) continue;
-          sum.x += __uint_as_float(uint32_t(words[i].x)), sum.y += __uint_as_float(uint32_t(words[i].y));
+          sum.x += flagged_float(words[i].x), sum.y += flagged_float(words[i].y);
         }
       }
     }
@@ -274,7 +269,8 @@ __device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage
       Kept kept{0, 0, 0};
       if (valid && product == DecodeProduct::kQkv) kept.bias = load_pair<T>(weights.qkv_bias, n);
       if (valid && product == DecodeProduct::kOutput) {
-        kept = {Residual<T>{p}.pair(token, n), load_pair<T>(weights.output_bias, n), load_pair<T>(weights.mlp_norm, n)};
+        kept = {Residual<T>{p}.pair(token, n), load_pair<T>(weights.output_bias, n),
+                load_pair<T>(weights.mlp_norm, n)};
       }
       return kept;
     };
@@ -296,7 +292,8 @@ __device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage
       } else if (!valid) {
         return;
       } else if (product == DecodeProduct::kQkv) {
-        store_flagged(p.buffers.qkv + (token * p.qkv_size() + n) / 2, pack_pair<T>(first + bias.x, second + bias.y), flag);
+        uint64_t* const to = p.buffers.qkv + (token * p.qkv_size() + n) / 2;
+        store_flagged(to, pack_pair<T>(first + bias.x, second + bias.y), flag);
       } else if (product == DecodeProduct::kDown) {  // the sums of a part, to who adds them up
         uint64_t* const to = p.buffers.down + (part * p.num_tokens + token) * p.hidden_size + n;
         store_flagged(to, __float_as_uint(first), flag);

@@ -28,6 +28,26 @@ __device__ __forceinline__ void store_flagged(uint64_t* word, uint32_t value, ui
   ptx::st_relaxed_64(word, uint64_t(flag) << 32 | value);
 }
 
+__device__ __forceinline__ uint32_t flag_error(uint64_t word, uint32_t flag) { return uint32_t(word >> 32) ^ flag; }
+__device__ __forceinline__ uint32_t flag_error(const ulonglong2& words, uint32_t flag) {
+  return flag_error(words.x, flag) | flag_error(words.y, flag);
+}
+
+// words[i] = load(i), all at once, and again until each of them carries the flag.
+template <int kCount, typename Words, typename Load>
+__device__ __forceinline__ void load_all_flagged(Words (&words)[kCount], uint32_t flag, Load load) {
+  uint32_t error;
+  do {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) words[i] = load(i);
+    error = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) error |= flag_error(words[i], flag);
+  } while (error != 0);
+}
+
+__device__ __forceinline__ float flagged_float(uint64_t word) { return __uint_as_float(uint32_t(word)); }
+
 // Wait for the flag, for as long as it takes.
 __device__ __forceinline__ uint32_t load_flagged(const uint64_t* word, uint32_t flag) {
   for (;;) {

@@ -53,7 +53,7 @@ __device__ __forceinline__ int step_column(int slice, int step) {
 }
 
 // One segment of a product. All consumer threads of the block call it.
-//   load(activations, slice): the warp's activations of chunks slice .. slice + kSliceChunks - 1, zeros past the columns
+//   load(activations, slice): the warp's activations of the slice that begins at this chunk, zeros past the columns
 //   begin(valid, tile, token, n) -> value: once for each pair of outputs n, n + 1 of a thread, before the sums are
 //     there; what it returns...
 //   finish(value, valid, tile, token, n, first, second): ...comes back with the two. All lanes of a warp call both

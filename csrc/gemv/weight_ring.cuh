@@ -22,8 +22,8 @@ constexpr int kStepsPerChunk = kChunkColumns / 32 / kConsumerWarps;  // steps of
 constexpr int kSliceChunks = 2;       // chunks whose activations a consumer holds in registers at a time
 constexpr int kGroupTiles = 8;        // tiles whose sums meet in shared memory together
 
-// What one block does of one matrix: `tiles` tiles of 8 rows, the same chunks of each. Groups of kGroupTiles tiles; in a
-// group, slices of kSliceChunks chunks; in a slice, tile by tile; in a tile, chunk by chunk.
+// What one block does of one matrix: `tiles` tiles of 8 rows, the same chunks of each. Groups of kGroupTiles tiles; in
+// a group, slices of kSliceChunks chunks; in a slice, tile by tile; in a tile, chunk by chunk.
 struct Segment {
   int first_tile, tile_step, tiles;
   int first_chunk, chunks;
@@ -144,8 +144,8 @@ __device__ __forceinline__ void fill_stage(const WeightRing& ring, RingPosition&
   position.advance(ring);
 }
 
-// Keep no more than two chunks of this thread in flight: what consumers load from L2 waits behind what is in flight, and
-// two chunks a block are enough for the memory.
+// Keep no more than two chunks of this thread in flight: what consumers load from L2 waits behind what is in flight,
+// and two chunks a block are enough for the memory.
 __device__ __forceinline__ void pace() {
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();

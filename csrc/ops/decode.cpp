@@ -56,8 +56,10 @@ void decode_step_cuda(const Tensor& x, const std::optional<Tensor>& embedding, c
                       const std::string& activation, const std::vector<int64_t>& windows) {
   const size_t num_layers = sa_norm.size();
   STD_TORCH_CHECK(num_layers >= 1 && num_layers <= kDecodeMaxLayers && windows.size() == num_layers,
-                  "decode_step: there must be 1 to ", kDecodeMaxLayers, " layers, each with a window, got ", num_layers);
-  for (const Tensors* list : {&qkv_weight, &output_weight, &mlp_norm, &gate_up_weight, &down_weight, &k_cache, &v_cache}) {
+                  "decode_step: there must be 1 to ", kDecodeMaxLayers, " layers, each with a window, got ",
+                  num_layers);
+  for (const Tensors* list :
+       {&qkv_weight, &output_weight, &mlp_norm, &gate_up_weight, &down_weight, &k_cache, &v_cache}) {
     STD_TORCH_CHECK(list->size() == num_layers, "decode_step: every layer must have all weights and caches");
   }
   const Tensor& like = sa_norm[0];

@@ -357,18 +357,11 @@ MUTANTS = [
         "      waits = false;\n",
     ),
     Mutant(
-        "decode: the parts of down are added up before they are written",
+        "decode: parts are added up before they are written",
         "decode_step",
-        "decode/step.cuh",
-        "        } while (wrong != 0);\n",
-        "        } while (false);\n",
-    ),
-    Mutant(
-        "decode: the results of another block are merged before they are written",
-        "decode_step",
-        "decode/attend.cuh",
-        "    } while (wrong != 0);\n",
-        "    } while (false);\n",
+        "gemv/flagged.cuh",
+        "  } while (error != 0);\n",
+        "  } while (false);\n",
     ),
     Mutant(
         "decode: no barrier before the rotated heads are read",
