@@ -146,7 +146,7 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
     T* const v_cache = static_cast<T*>(layer.v_cache) + cache;
     const CachedHead<T> keys{k_cache, v_cache, int(kHeadDim * sizeof(T)), int(kHeadDim * sizeof(T))};
 
-    DecodeWarp<T, kHeadDim, false, false> worker;
+    DecodeWarp<T, kHeadDim, false, false, 8> worker;
     const int first_key = range.begin + warp * kDecodeKeys;
     if (first_key < range.end) worker.load_keys(keys, first_key, range);
     const float2* angles = nullptr;
