@@ -17,11 +17,15 @@ template <typename T, int kGroup, int kHeadDim>
 struct alignas(16) AttendStorage {
   static constexpr int kRow = kHeadDim + 8;  // 16 bytes more than a head, so that rows differ in their banks
   T q[kGroup][kRow];                         // rotated
-  T k[kRow], v[kRow];                        // of the new token
   union {
     float heads[kConsumerWarps][kHeadDim];   // that a warp rotates
     PartialRows<kConsumerWarps, kGroup, kHeadDim> parts;
   };
+
+  // The new token's, where the last warp's part will be: no other warp reads them once they are there.
+  static_assert(sizeof(heads) <= sizeof(parts.out) / kConsumerWarps * (kConsumerWarps - 1));
+  __device__ T* new_key() { return reinterpret_cast<T*>(parts.out[kConsumerWarps - 1]); }
+  __device__ T* new_value() { return new_key() + kHeadDim; }
 };
 
 // Where a token is in the caches, read once a step.
@@ -162,7 +166,7 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
       const uint64_t* const words = p.buffers.qkv + (token * p.qkv_size() + from * kHeadDim) / 2;
       load_head<T>(p, words, flag, is_query ? layer.q_norm : is_key ? layer.k_norm : nullptr,
                    is_query || is_key ? angles : nullptr, smem.heads[warp],
-                   is_query ? smem.q[i] : is_key ? smem.k : smem.v);
+                   is_query ? smem.q[i] : is_key ? smem.new_key() : smem.new_value());
       __syncwarp();
     }
     if (first_key < range.end) worker.load_values(keys, first_key, range);
@@ -173,16 +177,17 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
       worker.shared_q[i] = &smem.q[min(int(threadIdx.x) % 32 / 4 + 8 * i, group - 1)][threadIdx.x % 4 * 8];
     }
     worker.attend(keys, range, warp, kConsumerWarps, exp_scale, HideFrom{range.end});
-    if (part == 0 && row.inside && row.slot >= first && warp == kConsumerWarps - 1) {
-      const auto nothing = [] {};
-      worker.load_one(smem.k, smem.v);
-      worker.attend_tile(0, exp_scale, HideFrom{1}, nothing, nothing);
-    }
-    if (part == 0 && row.inside) {
-      if (threadIdx.x < kHeadDim) {
-        k_cache[int64_t(row.slot) * kHeadDim + threadIdx.x] = smem.k[threadIdx.x];
-        v_cache[int64_t(row.slot) * kHeadDim + threadIdx.x] = smem.v[threadIdx.x];
+    if (part == 0 && row.inside && warp == kConsumerWarps - 1) {
+      if (row.slot >= first) {
+        const auto nothing = [] {};
+        worker.load_one(smem.new_key(), smem.new_value());
+        worker.attend_tile(0, exp_scale, HideFrom{1}, nothing, nothing);
       }
+      for (int d = threadIdx.x % 32; d < kHeadDim; d += 32) {
+        k_cache[int64_t(row.slot) * kHeadDim + d] = smem.new_key()[d];
+        v_cache[int64_t(row.slot) * kHeadDim + d] = smem.new_value()[d];
+      }
+      __syncwarp();  // before the warp writes its part there
     }
     if (!row.inside && part == 0 && threadIdx.x == 0) *p.overflow = 1;
     worker.write(smem.parts, warp, group, exp_scale);

@@ -38,6 +38,7 @@ bool decode_step(const DecodeStepParams& p, cudaStream_t stream) {
   using namespace decode_detail;
   if (p.num_tokens == 0) return true;
   const int group = p.group();
+  if (p.head_dim == 64 && group <= 7) return launch<T, DecodeConfig<64, 7>>(p, stream);
   if (p.head_dim == 64 && group <= 8) return launch<T, DecodeConfig<64, 8>>(p, stream);
   if (p.head_dim == 96 && group <= 8) return launch<T, DecodeConfig<96, 8>>(p, stream);
   if (p.head_dim == 128 && group <= 4) return launch<T, DecodeConfig<128, 4>>(p, stream);

@@ -61,7 +61,7 @@ struct RowParts {
   }
 };
 
-constexpr int kMinRingStages = 2, kMaxRingStages = 12;
+constexpr int kMinRingStages = 3, kMaxRingStages = 6;
 constexpr int kChunkBytes = kTileRows * kChunkUnits * 16;
 
 // Of a block's SharedStorage, its last member: the chunks lie behind the storage, as many as there is room for.
