@@ -29,8 +29,9 @@ constexpr int shared_bytes() {
 
 namespace launch_detail {
 
+// False where a cooperative launch does not fit what the device has left for it.
 template <typename SharedStorage, typename... KernelArgs>
-void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes, cudaStream_t stream,
+bool launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes, cudaStream_t stream,
             bool cooperative, const std::type_identity_t<KernelArgs>&... args) {
   const int bytes = shared_bytes<SharedStorage>() + extra_bytes;
   if (bytes > 48 * 1024) {
@@ -46,7 +47,13 @@ void launch(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_byt
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
-  FS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+  if (cooperative && status == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // it is dealt with
+    return false;
+  }
+  FS_CUDA_CHECK(status);
+  return true;
 }
 
 }  // namespace launch_detail
@@ -57,12 +64,13 @@ void launch_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaSt
   launch_detail::launch<SharedStorage>(kernel, grid, threads, 0, stream, false, args...);
 }
 
-// All blocks resident at once, so that the kernel may call grid_sync(); take the grid from max_resident_blocks.
+// All blocks resident at once, so that the kernel may call grid_sync(); take the grid from max_resident_blocks. False,
+// and nothing launched, where they cannot be.
 // extra_bytes: of shared memory behind the storage; the two together are at most kMaxSharedBytes.
 template <typename SharedStorage, typename... KernelArgs>
-void launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes,
+bool launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes,
                                cudaStream_t stream, const std::type_identity_t<KernelArgs>&... args) {
-  launch_detail::launch<SharedStorage>(kernel, grid, threads, extra_bytes, stream, true, args...);
+  return launch_detail::launch<SharedStorage>(kernel, grid, threads, extra_bytes, stream, true, args...);
 }
 
 // Blocks of this kernel that fit on the current device together.

@@ -1,4 +1,4 @@
-// Launcher of decode_step: one block an SM, all of them resident.
+// Launcher of decode_step: as many blocks as are resident together, one an SM.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -21,8 +21,7 @@ bool launch(const DecodeStepParams& p, cudaStream_t stream) {
   if (resident < 1) return false;
   int64_t num_words;
   params.buffers = decode_buffers(p, &num_words);
-  launch_cooperative_kernel<Storage>(kernel, dim3(resident), kStreamThreads, ring_bytes, stream, params);
-  return true;
+  return launch_cooperative_kernel<Storage>(kernel, dim3(resident), kStreamThreads, ring_bytes, stream, params);
 }
 
 }  // namespace decode_detail

@@ -117,6 +117,13 @@ inline DecodeBuffers decode_buffers(const DecodeStepParams& p, int64_t* num_word
   return b;
 }
 
+// What norm-weighted values are published by: float16 holds no more than 65504, and they have not been divided by the
+// root mean square yet.
+template <typename T>
+__device__ constexpr float published_scale() {
+  return std::is_same_v<T, __half> ? 0.125f : 1.f;
+}
+
 // The residual stream, as the thread sees it that owns a pair of it: outputs n, n + 1 of a token.
 template <typename T>
 struct Residual {
@@ -134,7 +141,8 @@ struct Residual {
     const float sum = warp_reduce_sum<4>(x.x * x.x + x.y * x.y);
     if (!valid) return;
     const float2 w = unpack_pair<T>(norm);
-    store_flagged(to + (token * p.hidden_size + n) / 2, pack_pair<T>(x.x * w.x, x.y * w.y), flag);
+    constexpr float kScale = published_scale<T>();
+    store_flagged(to + (token * p.hidden_size + n) / 2, pack_pair<T>(x.x * w.x * kScale, x.y * w.y * kScale), flag);
     if (n % kTileRows == 0) {
       store_flagged(squares + token * num_tiles(p.hidden_size) + tile, __float_as_uint(sum), flag);
     }
@@ -258,7 +266,8 @@ __device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage
       load_flagged_rows(activations, in, flag, matrix.in_features, p.num_tokens, slice);
       if (first_load) {
         const int tiles = num_tiles(p.hidden_size);
-        rstd[warp] = load_rstd(squares + warp * tiles, flag, tiles, p.hidden_size, p.norm_eps);
+        const float value = load_rstd(squares + warp * tiles, flag, tiles, p.hidden_size, p.norm_eps);
+        rstd[warp] = value / published_scale<T>();
       }
       first_load = false;
     };
@@ -339,6 +348,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
       fill_ring(ring, position, segment, m.weight, m.in_features, m.out_features, m.in_features);
     });
   }
+  ptx::cp_async_wait<0>();
 }
 
 }  // namespace fastshard

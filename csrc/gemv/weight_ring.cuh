@@ -111,12 +111,13 @@ __device__ __forceinline__ void init_ring(const WeightRing& ring) {
 }
 
 // One chunk into the next stage, by the producer warps: each has kTileRows / kProducerWarps of its rows. `weight` is
-// the chunk's first element; `columns`, a multiple of 8, and `rows` end the matrix. A step of 32 columns that the
+// the chunk's first element; `columns`, a multiple of 8, and `rows` are what is left of the matrix. A step of 32 columns that the
 // matrix ends within is filled up with zeros; what lies further is left alone, and never read.
 template <typename T>
 __device__ __forceinline__ void fill_stage(const WeightRing& ring, RingPosition& position, const T* weight,
                                            int64_t stride, int columns, int rows) {
   constexpr int kRows = kTileRows / kProducerWarps;
+  columns = min(columns, kChunkColumns);
   const int lane = threadIdx.x % 32, first = (threadIdx.x / 32 - kConsumerWarps) * kRows;
   const T* source = weight + first * stride + 8 * lane;
   wait_for_phase(ring.barriers.free[position.stage], position.parity ^ 1);

@@ -13,7 +13,7 @@ void launch(FusedMlpParams p, cudaStream_t stream) {
   const int down_grid = gemv_grid<Config>(p.hidden_size, resident);
   if (supports_cooperative_launch()) {
     const int grid = std::max(gate_up_grid, down_grid);
-    return launch_cooperative_kernel<Storage>(kernel, dim3(grid), Config::kThreads, 0, stream, p);
+    if (launch_cooperative_kernel<Storage>(kernel, dim3(grid), Config::kThreads, 0, stream, p)) return;
   }
   p.phase = MlpPhase::kGateUp;
   launch_kernel<Storage>(kernel, dim3(gate_up_grid), Config::kThreads, stream, p);

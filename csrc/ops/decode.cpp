@@ -74,6 +74,7 @@ void decode_step_cuda(const Tensor& x, const std::optional<Tensor>& embedding, c
                   "decode_step: batch must be 1 to ", kDecodeMaxTokens, " and fit the caches, got ", batch);
   STD_TORCH_CHECK(num_kv_heads >= 1 && num_heads % num_kv_heads == 0, "decode_step: num_heads must be a multiple of ",
                   num_kv_heads, ", got ", num_heads);
+  STD_TORCH_CHECK(q_norm.empty() == k_norm.empty(), "decode_step: q_norm and k_norm must be given together");
   STD_TORCH_CHECK(norm.has_value() == head.has_value(), "decode_step: norm and head must be given together");
 
   DecodeStepParams p{};
@@ -136,6 +137,7 @@ void decode_step_cuda(const Tensor& x, const std::optional<Tensor>& embedding, c
 
   STD_TORCH_CHECK(rope_table.device() == like.device() && rope_table.scalar_type() == ScalarType::Float &&
                       rope_table.dim() == 3 && rope_table.size(2) == 2 && rope_table.is_contiguous() &&
+                      reinterpret_cast<uintptr_t>(rope_table.const_data_ptr()) % 8 == 0 &&
                       2 * rope_table.size(1) <= head_dim,
                   "decode_step: rope_table must be contiguous float32 [max_positions, rotary_dim / 2, 2]");
   p.rope_table = static_cast<const float*>(rope_table.const_data_ptr());

@@ -47,7 +47,11 @@ def decode_workspace_size(
 ) -> int:
     """How many int32 words the workspace of :func:`decode_step` has."""
     activations = 4 * batch * (2 * hidden_size + qkv_rows + intermediate_size)
-    return 64 + activations + 8 * batch * num_heads * (head_dim + 2) * 16
+    squares = 4 * batch * -(-hidden_size // 8)
+    residual = 4 * hidden_size  # for any batch
+    down_parts = 2 * batch * hidden_size * -(-intermediate_size // 2048)
+    attention_parts = 8 * batch * num_heads * (head_dim + 2) * 16
+    return 64 + activations + squares + residual + down_parts + attention_parts
 
 
 def new_decode_workspace(weights: DecodeWeights, batch: int, *, num_heads: int) -> Tensor:

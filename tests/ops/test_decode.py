@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -249,6 +249,9 @@ CASES = {
     "first-key-and-window": Case(slots=(9, 9, 9), first_key=(5, 0, 8), windows=(3, 2)),
     "sizes-8": Case(hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1),
     "sizes-odd": Case(hidden_size=216, intermediate_size=296, vocab_size=131),
+    "head-of-odd-rows-in-chunks": Case(
+        part="last", windows=(0,), num_heads=1, num_kv_heads=1, hidden_size=2056, vocab_size=83
+    ),
     "gelu": Case(activation="gelu"),
     "gelu-tanh": Case(activation="gelu_tanh"),
     "relu": Case(activation="relu"),
@@ -561,6 +564,26 @@ SIZES = {
 )  # fmt: skip
 def test_refusal_names_the_rule(change, rule):
     assert ops.decode_step_refusal(**SIZES | change) == rule
+
+
+def test_large_activations_do_not_overflow(device):
+    """The residual and the norm's weights are both large: their product is above float16."""
+    given = make(Case(part="last", windows=(0,)), torch.float16, device)
+    given["x"].copy_(300 * torch.randn(given["x"].shape))
+    given["x"][:, 3] = 8000
+    given["weights"].norm.mul_(20)
+    check(given)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size"), [(8, 8), (4104, 8200), (896, 4864), (16392, 8)]
+)
+def test_a_workspace_is_as_large_as_the_kernel_asks(hidden_size, intermediate_size, device):
+    case = Case(
+        slots=(1,), hidden_size=hidden_size, intermediate_size=intermediate_size, windows=(0,)
+    )
+    given = make(replace(case, part="middle", num_heads=1, num_kv_heads=1), torch.float16, device)
+    check(given)
 
 
 def test_workspace_is_zeros_of_the_documented_size(device):

@@ -52,10 +52,11 @@ void launch_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaSt
 }
 
 template <typename SharedStorage, typename... KernelArgs>
-void launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes,
+bool launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes,
                                cudaStream_t stream, const std::type_identity_t<KernelArgs>&... args) {
   (void)stream;
   launch_detail::launch<SharedStorage, KernelArgs...>(kernel, grid, threads, extra_bytes, true, args...);
+  return true;
 }
 
 template <typename SharedStorage, typename... KernelArgs>
