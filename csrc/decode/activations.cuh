@@ -6,7 +6,7 @@ namespace fastshard {
 
 // Load `slice` as multiply() asks for it, waiting for it as long as it takes. rows: [num_tokens, in_features / 2] words
 // of two values each.
-__device__ __forceinline__ void load_flagged_rows(Activations<8>& x, const uint64_t* rows, uint32_t flag,
+__device__ __forceinline__ void load_flagged_rows(Activations& x, const uint64_t* rows, uint32_t flag,
                                                   int in_features, int num_tokens, int slice) {
   const int token = threadIdx.x % 32 / 4;
   const int first = step_column(slice, 0);
@@ -37,8 +37,7 @@ __device__ __forceinline__ void load_flagged_rows(Activations<8>& x, const uint6
 #pragma unroll
   for (int step = 0; step < kSliceSteps; ++step) {
     x.set(step, make_uint4(uint32_t(words[step][0].x), uint32_t(words[step][0].y), uint32_t(words[step][1].x),
-                           uint32_t(words[step][1].y)),
-          make_uint4(0, 0, 0, 0));
+                           uint32_t(words[step][1].y)));
   }
 }
 

@@ -28,7 +28,8 @@ template <typename T, typename Config>
 struct DecodeStorage {
   float rstd[2][kDecodeMaxTokens];  // of the norm before a product, and of the one after it
   union {
-    ProductStorage<kDecodeMaxTokens> product;
+    ProductStorage product;
+    static_assert(kDecodeMaxTokens == kProductTokens);
     AttendStorage<T, Config::kGroup, Config::kHeadDim> attend;
   };
   DecodeRow rows[kDecodeMaxTokens];
@@ -262,7 +263,7 @@ __device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage
     int part = 0;
     float* const rstd = smem.rstd[index / 2 % 2];
     bool first_load = has_norm && warp < p.num_tokens;
-    const auto load = [&](Activations<kDecodeMaxTokens>& activations, int slice) {
+    const auto load = [&](Activations& activations, int slice) {
       load_flagged_rows(activations, in, flag, matrix.in_features, p.num_tokens, slice);
       if (first_load) {
         const int tiles = num_tiles(p.hidden_size);

@@ -1,4 +1,4 @@
-// y[m, n] = x[m, :] . W[n, :] for up to 8 or up to 16 rows m: the consumers' half of weight_ring.cuh.
+// y[m, n] = x[m, :] . W[n, :] for up to 8 rows m, the tokens: the consumers' half of weight_ring.cuh.
 //
 // The consumer warps split the columns of a chunk. The weights are the B operand of mma.m16n8k16, straight from 16-byte
 // loads: in a step of 32 columns, thread t of a group of four holds columns 8t..8t+7 of weight row g, and the same
@@ -15,34 +15,20 @@
 
 namespace fastshard {
 
+constexpr int kProductTokens = 8;  // at most
 constexpr int kSliceSteps = kSliceChunks * kStepsPerChunk;
 
-template <int kMaxTokens_>
 struct ProductStorage {
-  static constexpr int kMaxTokens = kMaxTokens_;
-  static_assert(kMaxTokens == 8 || kMaxTokens == 16);
-  float2 sums[kGroupTiles][kConsumerWarps][kMaxTokens][4];  // outputs 2t and 2t + 1 of a tile
+  float2 sums[kGroupTiles][kConsumerWarps][kProductTokens][4];  // outputs 2t and 2t + 1 of a tile
 };
 
-// A consumer warp's activations of one slice. 8 tokens: one fragment a step; 16: one for each half of the 16 bytes.
-template <int kMaxTokens>
+// A consumer warp's activations of one slice, a fragment a step.
 struct Activations {
-  static constexpr int kFragments = kMaxTokens / 8;
-  uint32_t a[kSliceSteps][kFragments][4];
+  uint32_t a[kSliceSteps][4];
 
-  // low, high: 16 bytes, columns 8t..8t+7 of the step, of tokens g and g + 8 (the latter for 16 tokens only).
-  __device__ __forceinline__ void set(int step, uint4 low, uint4 high) {
-    if constexpr (kMaxTokens == 8) {
-      fill(a[step][0], low.x, low.z, low.y, low.w);
-    } else {
-      fill(a[step][0], low.x, high.x, low.y, high.y);
-      fill(a[step][1], low.z, high.z, low.w, high.w);
-    }
-  }
-
- private:
-  static __device__ __forceinline__ void fill(uint32_t (&to)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-    to[0] = a0, to[1] = a1, to[2] = a2, to[3] = a3;
+  // x: 16 bytes, columns 8t..8t+7 of the step, of token g.
+  __device__ __forceinline__ void set(int step, uint4 x) {
+    a[step][0] = x.x, a[step][1] = x.z, a[step][2] = x.y, a[step][3] = x.w;
   }
 };
 
@@ -59,13 +45,13 @@ __device__ __forceinline__ int step_column(int slice, int step) {
 //   finish(value, valid, tile, token, n, first, second): ...comes back with the two. All lanes of a warp call both
 //     together, those that have no output with valid = false.
 // Before the call and after it, all consumer threads must have met where the storage was or will be in use.
-template <typename T, int kMaxTokens, typename Load, typename Begin, typename Finish>
+template <typename T, typename Load, typename Begin, typename Finish>
 __device__ __forceinline__ void multiply(const WeightRing& ring, RingPosition& position,
-                                         ProductStorage<kMaxTokens>& storage, const Segment& segment, int out_features,
+                                         ProductStorage& storage, const Segment& segment, int out_features,
                                          int in_features, int num_tokens, Load load, Begin begin, Finish finish) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, thread = lane % 4;
-  const int out_token = threadIdx.x / 4 % kMaxTokens, out_tile = threadIdx.x / (4 * kMaxTokens);
-  static_assert(kGroupTiles * 4 * kMaxTokens <= kConsumerThreads);
+  const int out_token = threadIdx.x / 4 % kProductTokens, out_tile = threadIdx.x / (4 * kProductTokens);
+  static_assert(kGroupTiles * 4 * kProductTokens <= kConsumerThreads);
 
   // This warp's weights of the next chunk, out of the ring.
   uint32_t offsets[kStepsPerChunk];
@@ -83,7 +69,7 @@ __device__ __forceinline__ void multiply(const WeightRing& ring, RingPosition& p
     position.advance(ring);
   };
 
-  Activations<kMaxTokens> x;
+  Activations x;
   for (int group = 0; group < segment.tiles; group += kGroupTiles) {
     const int tiles = min(kGroupTiles, segment.tiles - group);
     const int tile_out = segment.tile(group + out_tile), n = kTileRows * tile_out + 2 * (threadIdx.x % 4);
@@ -105,18 +91,10 @@ __device__ __forceinline__ void multiply(const WeightRing& ring, RingPosition& p
         for (int step = 0; step < kStepsPerChunk; ++step) {
           if (step >= steps) continue;
           const auto& a = x.a[chunk * kStepsPerChunk + step];
-          ptx::mma_m16n8k16<T>(sums[step % 2 * 2], a[0], w[step].x, w[step].y);
-          ptx::mma_m16n8k16<T>(sums[step % 2 * 2 + 1], a[Activations<kMaxTokens>::kFragments - 1], w[step].z,
-                               w[step].w);
+          ptx::mma_m16n8k16<T>(sums[step % 2 * 2], a, w[step].x, w[step].y);
+          ptx::mma_m16n8k16<T>(sums[step % 2 * 2 + 1], a, w[step].z, w[step].w);
         }
       };
-      const auto park = [&](int tile, int token, float first, float second) {
-        if (token >= num_tokens) return;
-        float2& sum = storage.sums[tile][warp][token][thread];
-        if (slice > segment.first_chunk) first += sum.x, second += sum.y;
-        sum = make_float2(first, second);
-      };
-
       uint4 w[kSliceChunks][kStepsPerChunk];  // the next chunk is fetched before one is multiplied
       static_assert(kSliceChunks == 2);
       fetch(w[0]);
@@ -132,13 +110,13 @@ __device__ __forceinline__ void multiply(const WeightRing& ring, RingPosition& p
           multiply_chunk(w[0], 0, last_steps);
           if (tile + 1 < tiles) fetch(w[0]);
         }
-        const auto total = [&](int i) { return sums[0][i] + sums[2][i]; };
-        const auto other = [&](int i) { return sums[1][i] + sums[3][i]; };
-        if constexpr (kMaxTokens == 8) {
-          park(tile, row, total(0) + other(2), total(1) + other(3));
-        } else {
-          park(tile, row, total(0) + other(0), total(1) + other(1));
-          park(tile, row + 8, total(2) + other(2), total(3) + other(3));
+        if (row < num_tokens) {
+          // Of sums 0 and 2 rows 0..7 are right, of 1 and 3 rows 8..15.
+          float first = sums[0][0] + sums[2][0] + (sums[1][2] + sums[3][2]);
+          float second = sums[0][1] + sums[2][1] + (sums[1][3] + sums[3][3]);
+          float2& sum = storage.sums[tile][warp][row][thread];
+          if (slice > segment.first_chunk) first += sum.x, second += sum.y;
+          sum = make_float2(first, second);
         }
       }
     }
