@@ -14,9 +14,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
 }
 
-// 16 bytes, global -> shared, asynchronous, past L1. Both addresses 16-byte aligned.
+// 16 bytes, global -> shared, asynchronous, past L1; L2 reads whole lines of 128 bytes. Both addresses 16-byte aligned.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
 // The same where `valid`; 16 zero bytes where not (global is then not read, but must be a mapped address).

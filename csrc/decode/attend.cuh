@@ -18,13 +18,13 @@ struct alignas(16) AttendStorage {
   static constexpr int kRow = kHeadDim + 8;  // 16 bytes more than a head, so that rows differ in their banks
   T q[kGroup][kRow];                         // rotated
   union {
-    float heads[kConsumerWarps][kHeadDim];   // that a warp rotates
-    PartialRows<kConsumerWarps, kGroup, kHeadDim> parts;
+    float heads[kStreamWarps][kHeadDim];   // that a warp rotates
+    PartialRows<kStreamWarps, kGroup, kHeadDim> parts;
   };
 
   // The new token's, where the last warp's part will be: no other warp reads them once they are there.
-  static_assert(sizeof(heads) <= sizeof(parts.out) / kConsumerWarps * (kConsumerWarps - 1));
-  __device__ T* new_key() { return reinterpret_cast<T*>(parts.out[kConsumerWarps - 1]); }
+  static_assert(sizeof(heads) <= sizeof(parts.out) / kStreamWarps * (kStreamWarps - 1));
+  __device__ T* new_key() { return reinterpret_cast<T*>(parts.out[kStreamWarps - 1]); }
   __device__ T* new_value() { return new_key() + kHeadDim; }
 };
 
@@ -121,10 +121,10 @@ __device__ __forceinline__ void load_head(const DecodeStepParams& p, const uint6
   }
 }
 
-// All items of this block. All consumer threads call it.
+// All items of this block. All threads call it.
 // rows: of the tokens. longest: the most old keys of a row. flag: of all that this layer's blocks tell each other.
 template <typename T, int kGroup, int kHeadDim>
-__device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer& layer, const DecodeRow* rows,
+__device__ __forceinline__ void attend(const DecodeStepParams& p, const DecodeLayer& layer, const DecodeRow* rows,
                                     int longest, uint32_t flag, AttendStorage<T, kGroup, kHeadDim>& smem) {
   const int warp = threadIdx.x / 32;
   const int num_kv_heads = ptx::mov_opaque(p.num_kv_heads), group = ptx::mov_opaque(p.num_heads) / num_kv_heads;
@@ -152,15 +152,15 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
 
     DecodeWarp<T, kHeadDim, false, false, 8> worker;
     const int first_key = range.begin + warp * kDecodeKeys;
-    if (first_key < range.end) worker.load_keys(keys, first_key, range);
+    if (first_key < range.end) worker.prefetch(keys, range, warp);
     const float2* angles = nullptr;
     if (p.rope_table != nullptr && row.inside) {
       angles = reinterpret_cast<const float2*>(p.rope_table) + int64_t(row.position) * (p.rotary_dim / 2);
     }
-    ptx::bar_sync(1, kConsumerThreads);  // the storage is free
+    ptx::bar_sync(1, kStreamThreads);  // the storage is free
     const int heads = group + (part == 0 ? 2 : 0);  // the new key and value, too
 #pragma unroll 1
-    for (int i = warp; i < heads; i += kConsumerWarps) {
+    for (int i = warp; i < heads; i += kStreamWarps) {
       const bool is_query = i < group, is_key = i == group;
       const int from = is_query ? kv_head * group + i : p.num_heads + (is_key ? 0 : num_kv_heads) + kv_head;
       const uint64_t* const words = p.buffers.qkv + (token * p.qkv_size() + from * kHeadDim) / 2;
@@ -169,15 +169,14 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
                    is_query ? smem.q[i] : is_key ? smem.new_key() : smem.new_value());
       __syncwarp();
     }
-    if (first_key < range.end) worker.load_values(keys, first_key, range);
-    ptx::bar_sync(1, kConsumerThreads);
+    ptx::bar_sync(1, kStreamThreads);
 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       worker.shared_q[i] = &smem.q[min(int(threadIdx.x) % 32 / 4 + 8 * i, group - 1)][threadIdx.x % 4 * 8];
     }
-    worker.attend(keys, range, warp, kConsumerWarps, exp_scale, HideFrom{range.end});
-    if (part == 0 && row.inside && warp == kConsumerWarps - 1) {
+    worker.attend(keys, range, warp, kStreamWarps, exp_scale, HideFrom{range.end});
+    if (part == 0 && row.inside && warp == kStreamWarps - 1) {
       if (row.slot >= first) {
         const auto nothing = [] {};
         worker.load_one(smem.new_key(), smem.new_value());
@@ -191,12 +190,12 @@ __device__ __noinline__ void attend(const DecodeStepParams& p, const DecodeLayer
     }
     if (!row.inside && part == 0 && threadIdx.x == 0) *p.overflow = 1;
     worker.write(smem.parts, warp, group, exp_scale);
-    ptx::bar_sync(1, kConsumerThreads);
+    ptx::bar_sync(1, kStreamThreads);
 
 #pragma unroll 1
-    for (int i = threadIdx.x; i < group * (kHeadDim / 4); i += kConsumerThreads) {
+    for (int i = threadIdx.x; i < group * (kHeadDim / 4); i += kStreamThreads) {
       const int query = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
-      DecodeColumns sum = merge_decode_parts<kConsumerWarps>(smem.parts, query, column);
+      DecodeColumns sum = merge_decode_parts<kStreamWarps>(smem.parts, query, column);
       if (part > 0) {
         store_partial(partial_row(p, head, part, query), column, kHeadDim, sum, flag);
         continue;

@@ -11,17 +11,16 @@ namespace decode_detail {
 template <typename T, typename Config>
 bool launch(const DecodeStepParams& p, cudaStream_t stream) {
   using Storage = DecodeStorage<T, Config>;
-  static_assert(sizeof(Storage) + kMinRingStages * kChunkBytes <= kMaxSharedBytes);
+  constexpr int kStages = decode_stages<Storage>(), kQueueBytes = kStages * kChunkBytes;
+  static_assert(kStages >= 3);
   const auto kernel = decode_step_kernel<T, Config>;
   if (!supports_cooperative_launch()) return false;
   DecodeStepParams params = p;
-  params.ring_stages = std::min<int>(kMaxRingStages, (kMaxSharedBytes - sizeof(Storage)) / kChunkBytes);
-  const int ring_bytes = params.ring_stages * kChunkBytes;
-  const int resident = max_resident_blocks<Storage>(kernel, kStreamThreads, ring_bytes);
+  const int resident = max_resident_blocks<Storage>(kernel, kStreamThreads, kQueueBytes);
   if (resident < 1) return false;
   int64_t num_words;
   params.buffers = decode_buffers(p, &num_words);
-  return launch_cooperative_kernel<Storage>(kernel, dim3(resident), kStreamThreads, ring_bytes, stream, params);
+  return launch_cooperative_kernel<Storage>(kernel, dim3(resident), kStreamThreads, kQueueBytes, stream, params);
 }
 
 }  // namespace decode_detail

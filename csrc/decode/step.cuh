@@ -1,8 +1,8 @@
 // One token through the layers of a shard, in one launch.
 //
-// Each block owns the weight rows 8 * (blockIdx.x + i * gridDim.x) .. + 7 of every matrix. Producer warps stream them
-// through shared memory (gemv/weight_ring.cuh), from the first layer to the head without looking up; consumer warps
-// multiply (gemv/product.cuh). Activations pass between blocks as flagged words (gemv/flagged.cuh): there is no barrier
+// Each block owns the weight rows 8 * (blockIdx.x + i * gridDim.x) .. + 7 of every matrix. They stream through shared
+// memory (gemv/weight_stream.cuh), from the first layer to the head and ahead of the products (gemv/product.cuh),
+// whatever those wait for. Activations pass between blocks as flagged words (gemv/flagged.cuh): there is no barrier
 // over the grid, a warp goes on as soon as the values that it needs are there. Of a layer:
 //
 //   x --norm, qkv--> qkv --attend--> attended --output, + x--> middle --norm, gate up--> hidden --down, + middle--> x
@@ -24,76 +24,151 @@ struct DecodeConfig {
   static constexpr int kGroup = kGroup_;  // most query heads of a key-value head
 };
 
-template <typename T, typename Config>
-struct DecodeStorage {
-  float rstd[2][kDecodeMaxTokens];  // of the norm before a product, and of the one after it
-  union {
-    ProductStorage product;
-    static_assert(kDecodeMaxTokens == kProductTokens);
-    AttendStorage<T, Config::kGroup, Config::kHeadDim> attend;
-  };
-  DecodeRow rows[kDecodeMaxTokens];
-  RingBarriers barriers;
-};
+enum class DecodeProduct { kQkv, kOutput, kGateUp, kDown, kHead };  // of a layer in order, then the head
+constexpr int kDecodeProducts = 5;
 
-enum class DecodeProduct { kQkv, kOutput, kGateUp, kDown, kHead };
+// The down product is cut into parts along its input, of one slice at most, so that a block needs few of the
+// activations.
+__host__ __device__ inline int num_down_parts(const DecodeStepParams& p) {
+  return (num_chunks(p.intermediate_size) + kSliceChunks - 1) / kSliceChunks;
+}
 
-// The matrices of a step in order: four a layer, then the head.
+// Matrix i of a step: four a layer, then the head.
 template <typename T>
-struct DecodeMatrix {
-  DecodeProduct product;
-  const T* weight;
-  int out_features, in_features;
+__device__ __forceinline__ const T* weight_of(const DecodeStepParams& p, int matrix) {
+  return static_cast<const T*>(matrix == 4 * p.num_layers ? p.head : p.layers[matrix / 4].weights[matrix % 4]);
+}
 
-  __device__ DecodeMatrix(const DecodeStepParams& p, int index) {
-    const bool is_head = index == 4 * p.num_layers;
-    const DecodeLayer& layer = p.layers[is_head ? 0 : index / 4];
-    product = is_head ? DecodeProduct::kHead : static_cast<DecodeProduct>(index % 4);
-    const void* data = nullptr;
-    switch (product) {
-      case DecodeProduct::kQkv:
-        data = layer.qkv_weight, out_features = p.qkv_size(), in_features = p.hidden_size;
-        break;
-      case DecodeProduct::kOutput:
-        data = layer.output_weight, out_features = p.hidden_size, in_features = p.q_size();
-        break;
-      case DecodeProduct::kGateUp:
-        data = layer.gate_up_weight, out_features = 2 * p.intermediate_size, in_features = p.hidden_size;
-        break;
-      case DecodeProduct::kDown:
-        data = layer.down_weight, out_features = p.hidden_size, in_features = p.intermediate_size;
-        break;
-      case DecodeProduct::kHead: data = p.head, out_features = p.vocab_size, in_features = p.hidden_size; break;
-    }
-    weight = static_cast<const T*>(data);
-  }
-};
-
-// Call each(part, segment) for what this block has of the matrix.
-// down: the parts of that matrix.
-template <typename T, typename Each>
-__device__ __forceinline__ void for_segments(const DecodeMatrix<T>& matrix, const RowParts& down, Each each) {
-  const bool in_parts = matrix.product == DecodeProduct::kDown;
-  const int end = in_parts ? down.end_part() : 1;
-#pragma unroll 1
-  for (int part = in_parts ? down.first_part() : 0; part < end; ++part) {
-    each(part, in_parts ? down.segment(part) : whole_rows(matrix.out_features, matrix.in_features));
+__device__ __forceinline__ int out_features_of(const DecodeStepParams& p, DecodeProduct product) {
+  switch (product) {
+    case DecodeProduct::kQkv: return p.qkv_size();
+    case DecodeProduct::kGateUp: return 2 * p.intermediate_size;
+    case DecodeProduct::kHead: return p.vocab_size;
+    default: return p.hidden_size;
   }
 }
 
-__host__ __device__ inline int num_down_parts(const DecodeStepParams& p) {
-  return (num_chunks(p.intermediate_size) + kSliceChunks - 1) / kSliceChunks;
+__device__ __forceinline__ int in_features_of(const DecodeStepParams& p, DecodeProduct product) {
+  switch (product) {
+    case DecodeProduct::kOutput: return p.q_size();
+    case DecodeProduct::kDown: return p.intermediate_size;
+    default: return p.hidden_size;
+  }
+}
+
+// What a block does of each product. Of down it has its share of one part, and of all where the grid is small.
+struct DecodePlan {
+  Run runs[kDecodeProducts];          // the first, of which there often is no other
+  Segment segments[kDecodeProducts];  // of down: of its first part
+  int num_runs[kDecodeProducts];      // of down: of all parts
+  int parts, chunks;                  // of down
+  int first_part, end_part;           // that the block has
+
+  __device__ int first_chunk(int part) const { return chunks * part / parts; }
+  __device__ int first_block(int part) const { return gridDim.x * first_chunk(part) / chunks; }
+
+  __device__ __forceinline__ void init(const DecodeStepParams& p) {
+    parts = num_down_parts(p), chunks = num_chunks(p.intermediate_size);
+    first_part = 0, end_part = parts;
+    int index = blockIdx.x, count = gridDim.x;
+    if (gridDim.x >= 2 * parts) {  // then each part has a block
+      while (first_part < parts - 1 && first_block(first_part + 1) <= blockIdx.x) ++first_part;
+      end_part = first_part + 1;
+      index -= first_block(first_part), count = first_block(end_part) - first_block(first_part);
+    }
+#pragma unroll 1
+    for (int i = 0; i < kDecodeProducts; ++i) {
+      const DecodeProduct product = static_cast<DecodeProduct>(i);
+      const int out_features = out_features_of(p, product), in_features = in_features_of(p, product);
+      segments[i] = whole_rows(out_features, in_features);
+      if (product == DecodeProduct::kDown) {
+        const int chunk = first_chunk(first_part);
+        segments[i] = every_tile(index, count, out_features, chunk, first_chunk(first_part + 1) - chunk);
+      }
+      num_runs[i] = fastshard::num_runs(segments[i]);
+      if (product == DecodeProduct::kDown) num_runs[i] *= end_part - first_part;
+      runs[i] = run_of(segments[i], out_features, in_features, 0);
+    }
+  }
+
+  __device__ __forceinline__ Segment segment(DecodeProduct product, int part) const {
+    Segment segment = segments[static_cast<int>(product)];
+    if (part != first_part) {
+      segment.first_chunk = first_chunk(part), segment.chunks = first_chunk(part + 1) - segment.first_chunk;
+    }
+    return segment;
+  }
+
+  __device__ __forceinline__ Run run(const DecodeStepParams& p, DecodeProduct product, int index) const {
+    const int out_features = out_features_of(p, product), in_features = in_features_of(p, product);
+    const bool in_parts = product == DecodeProduct::kDown;  // of one run each
+    return run_of(segment(product, first_part + (in_parts ? index : 0)), out_features, in_features,
+                  in_parts ? 0 : index);
+  }
+};
+
+template <typename T, typename Config>
+struct DecodeStorage {
+  union {
+    ProductStorage<T> product;
+    AttendStorage<T, Config::kGroup, Config::kHeadDim> attend;
+  };
+  static_assert(kDecodeMaxTokens == kProductTokens);
+  Squares squares[2];  // of the norm before a product, and of the one after it
+  DecodeRow rows[kDecodeMaxTokens];
+  DecodePlan plan;
+};
+
+// Chunks of the weights' queue, for which there is room behind the storage.
+template <typename Storage>
+__host__ __device__ constexpr int decode_stages() {
+  return (kMaxSharedBytes - sizeof(Storage)) / kChunkBytes;
 }
 
 __host__ __device__ inline int num_decode_matrices(const DecodeStepParams& p) {
   return 4 * p.num_layers + (p.head != nullptr ? 1 : 0);
 }
 
+__device__ __forceinline__ DecodeProduct product_of(const DecodeStepParams& p, int matrix) {
+  return matrix == 4 * p.num_layers ? DecodeProduct::kHead : static_cast<DecodeProduct>(matrix % 4);
+}
+
+// The runs of all matrices: the source of the weights' stream.
+template <typename T>
+class DecodeSchedule {
+ public:
+  __device__ __forceinline__ DecodeSchedule(const DecodeStepParams& p, const DecodePlan& plan)
+      : p_(p), plan_(plan), weight_(weight_of<T>(p, 0)) {}
+
+  // Not inlined: it is needed in many places, and not often.
+  __device__ __noinline__ const T* next(Run& run) {
+    while (matrix_ < num_decode_matrices(p_)) {
+      const DecodeProduct product = product_of(p_, matrix_);
+      const int index = index_++, count = plan_.num_runs[static_cast<int>(product)];
+      const T* const weight = weight_;
+      if (index_ >= count) {
+        ++matrix_, index_ = 0;
+        if (matrix_ < num_decode_matrices(p_)) weight_ = weight_of<T>(p_, matrix_);  // early: constants are far
+      }
+      if (index >= count) continue;
+      run = plan_.runs[static_cast<int>(product)];
+      if (index > 0) run = plan_.run(p_, product, index);
+      return weight;
+    }
+    return nullptr;
+  }
+
+ private:
+  const DecodeStepParams& p_;
+  const DecodePlan& plan_;
+  const T* weight_;  // of the matrix
+  int matrix_ = 0, index_ = 0;
+};
+
 // The workspace: word 0 counts steps, word 1 the blocks that are through; the buffers begin at word 16. Flagged words
-// of two values: [num_tokens, columns / 2] of what enters a layer and of the middle of it (both scaled by the weight of
-// the norm that follows), of qkv, of what attention gives, and of the hidden values of the MLP; of one float: the
-// squares, [num_tokens, tiles of hidden_size], and what the parts of down give, [part, num_tokens, hidden_size]. The
-// residual, [num_tokens, hidden_size / 2] pairs, has no flags: each pair is of one thread alone.
+// of two values: [num_tokens, columns / 2] of what enters a layer and of the middle of it, of qkv, of what attention
+// gives, and of the hidden values of the MLP; of one float: what the parts of down give, [part, num_tokens,
+// hidden_size], and the parts of attention.
 inline DecodeBuffers decode_buffers(const DecodeStepParams& p, int64_t* num_words) {
   int64_t end = 16;
   const auto take = [&](int64_t words) {
@@ -103,53 +178,27 @@ inline DecodeBuffers decode_buffers(const DecodeStepParams& p, int64_t* num_word
   };
   const int64_t tokens = p.num_tokens, hidden = p.hidden_size;
   DecodeBuffers b;
-  // First, and for any batch: steps of another batch must not take its bits for flags.
-  b.residual = reinterpret_cast<uint32_t*>(take(kDecodeMaxTokens * hidden / 4));
   b.entered = take(tokens * hidden / 2);
   b.middle = take(tokens * hidden / 2);
   b.qkv = take(tokens * p.qkv_size() / 2);
   b.attended = take(tokens * p.q_size() / 2);
   b.hidden = take(tokens * p.intermediate_size / 2);
-  b.entered_squares = take(tokens * num_tiles(p.hidden_size));
-  b.middle_squares = take(tokens * num_tiles(p.hidden_size));
   b.down = take(num_down_parts(p) * tokens * hidden);
   b.partials = take(tokens * p.num_heads * kDecodeMaxSplits * (p.head_dim + 2));
   *num_words = end;
   return b;
 }
 
-// What norm-weighted values are published by: float16 holds no more than 65504, and they have not been divided by the
-// root mean square yet.
-template <typename T>
-__device__ constexpr float published_scale() {
-  return std::is_same_v<T, __half> ? 0.125f : 1.f;
+// The words of the pair n, n + 1 of a token.
+__device__ __forceinline__ uint64_t* pair_word(uint64_t* rows, int columns, int token, int n) {
+  return rows + (token * columns + n) / 2;
 }
 
-// The residual stream, as the thread sees it that owns a pair of it: outputs n, n + 1 of a token.
+// The pair of the residual stream that this same thread has written.
 template <typename T>
-struct Residual {
-  const DecodeStepParams& p;
-
-  __device__ uint32_t& pair(int token, int n) const { return p.buffers.residual[(token * p.hidden_size + n) / 2]; }
-
-  // Keep the new value of the pair; give it, scaled by the weight of the norm that follows, and its tile's sum of
-  // squares to all blocks. All lanes of a warp call it together.
-  // norm: the pair of weights, which the caller has loaded early.
-  __device__ __forceinline__ void publish(bool valid, int tile, int token, int n, float first, float second,
-                                          uint32_t norm, uint64_t* to, uint64_t* squares, uint32_t flag) const {
-    const uint32_t rounded = pack_pair<T>(first, second);
-    const float2 x = valid ? unpack_pair<T>(rounded) : make_float2(0.f, 0.f);
-    const float sum = warp_reduce_sum<4>(x.x * x.x + x.y * x.y);
-    if (!valid) return;
-    const float2 w = unpack_pair<T>(norm);
-    constexpr float kScale = published_scale<T>();
-    store_flagged(to + (token * p.hidden_size + n) / 2, pack_pair<T>(x.x * w.x * kScale, x.y * w.y * kScale), flag);
-    if (n % kTileRows == 0) {
-      store_flagged(squares + token * num_tiles(p.hidden_size) + tile, __float_as_uint(sum), flag);
-    }
-    pair(token, n) = rounded;
-  }
-};
+__device__ __forceinline__ float2 load_own_pair(const uint64_t* word) {
+  return unpack_pair<T>(uint32_t(ptx::ld_relaxed_64(word)));
+}
 
 // Elements n and n + 1 of a vector that may be null: then zeros.
 template <typename T>
@@ -187,8 +236,7 @@ __device__ __forceinline__ void enter_rows(const DecodeStepParams& p, uint32_t f
       }
       x = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(row + n));
     }
-    const uint32_t norm = valid ? load_pair<T>(p.layers[0].sa_norm, n) : 0;
-    Residual<T>{p}.publish(valid, tile, token, n, x.x, x.y, norm, p.buffers.entered, p.buffers.entered_squares, flag);
+    if (valid) store_flagged(pair_word(p.buffers.entered, p.hidden_size, token, n), pack_pair<T>(x.x, x.y), flag);
   });
 }
 
@@ -196,50 +244,47 @@ __device__ __forceinline__ void enter_rows(const DecodeStepParams& p, uint32_t f
 template <typename T>
 __device__ __forceinline__ void leave_layer(const DecodeStepParams& p, int layer, uint32_t flag) {
   const bool is_last = layer == p.num_layers - 1 && p.head == nullptr;
-  const void* const norms = layer < p.num_layers - 1 ? p.layers[layer + 1].sa_norm : p.norm;
-  const Residual<T> residual{p};
   const int parts = num_down_parts(p);
-  for_own_pairs(p, [&](bool valid, int tile, int token, int n) {
-    float2 sum = make_float2(0.f, 0.f);
-    const uint32_t norm = valid ? load_pair<T>(norms, n) : 0;
-    if (valid) {
-      sum = unpack_pair<T>(residual.pair(token, n));
-      constexpr int kAtATime = 4;
-      const int stride = p.num_tokens * p.hidden_size;
-      const uint64_t* const from = p.buffers.down + token * p.hidden_size + n;
+  for_own_pairs(p, [&](bool valid, int, int token, int n) {
+    if (!valid) return;
+    float2 sum = load_own_pair<T>(pair_word(p.buffers.middle, p.hidden_size, token, n));
+    constexpr int kAtATime = 4;
+    const int stride = p.num_tokens * p.hidden_size;
+    const uint64_t* const from = p.buffers.down + token * p.hidden_size + n;
 #pragma unroll 1
-      for (int first = 0; first < parts; first += kAtATime) {
-        ulonglong2 words[kAtATime];
-        load_all_flagged(words, flag, [&](int i) {
-          return ptx::ld_relaxed_2x64(from + min(first + i, parts - 1) * stride);
-        });
+    for (int first = 0; first < parts; first += kAtATime) {
+      ulonglong2 words[kAtATime];
+      load_all_flagged(words, flag, [&](int i) {
+        return ptx::ld_relaxed_2x64(from + min(first + i, parts - 1) * stride);
+      });
 #pragma unroll
-        for (int i = 0; i < kAtATime; ++i) {
-          if (first + i >= parts) continue;
-          sum.x += flagged_float(words[i].x), sum.y += flagged_float(words[i].y);
-        }
+      for (int i = 0; i < kAtATime; ++i) {
+        if (first + i >= parts) continue;
+        sum.x += flagged_float(words[i].x), sum.y += flagged_float(words[i].y);
       }
     }
-    if (!is_last) {
-      residual.publish(valid, tile, token, n, sum.x, sum.y, norm, p.buffers.entered, p.buffers.entered_squares,
-                       flag + 1);
-    } else if (valid) {
-      T* const row = static_cast<T*>(p.out) + int64_t(token) * p.hidden_size;
-      *reinterpret_cast<uint32_t*>(row + n) = pack_pair<T>(sum.x, sum.y);
+    const uint32_t pair = pack_pair<T>(sum.x, sum.y);
+    if (is_last) {
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + int64_t(token) * p.hidden_size + n) = pair;
+    } else {
+      store_flagged(pair_word(p.buffers.entered, p.hidden_size, token, n), pair, flag + 1);
     }
   });
 }
 
 template <typename T, typename Config>
-__device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage<T, Config>& smem,
-                                        const WeightRing& ring) {
+__global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __grid_constant__ DecodeStepParams p) {
+  using Storage = DecodeStorage<T, Config>;
+  FS_SHARED_STORAGE(Storage, smem);
+  if (threadIdx.x == 0) smem.plan.init(p);
+  if (threadIdx.x < p.num_tokens) smem.rows[threadIdx.x] = load_row(p, threadIdx.x);
+  ptx::bar_sync(1, kStreamThreads);
+  const DecodePlan& plan = smem.plan;
+  DecodeSchedule<T> schedule(p, plan);
+  WeightStream<T, decode_stages<Storage>(), DecodeSchedule<T>> stream(&smem + 1, schedule);
+
   // x is written num_layers + 1 times a step, each with its own flag; zeros are no flag.
   const uint32_t first_flag = uint32_t(ptx::ld_relaxed_64(p.workspace)) * (p.num_layers + 1) + 1;
-  RingPosition position;
-  const int warp = threadIdx.x / 32;
-  const RowParts down(p.hidden_size, p.intermediate_size);
-  if (threadIdx.x < p.num_tokens) smem.rows[threadIdx.x] = load_row(p, threadIdx.x);
-  ptx::bar_sync(1, kConsumerThreads);
   int longest = 1;  // old keys of a row
 #pragma unroll 1
   for (int token = 0; token < p.num_tokens; ++token) longest = max(longest, smem.rows[token].slot);
@@ -248,108 +293,90 @@ __device__ __forceinline__ void consume(const DecodeStepParams& p, DecodeStorage
   const int num_matrices = num_decode_matrices(p);
 #pragma unroll 1
   for (int index = 0; index < num_matrices; ++index) {
-    const DecodeMatrix<T> matrix(p, index);
-    const DecodeProduct product = matrix.product;
+    const DecodeProduct product = product_of(p, index);
     const int layer = index / 4;
     const DecodeLayer& weights = p.layers[min(layer, p.num_layers - 1)];
     const uint32_t flag = first_flag + layer;
-    const bool has_norm = product != DecodeProduct::kOutput && product != DecodeProduct::kDown;
-    uint64_t *in = p.buffers.entered, *squares = p.buffers.entered_squares;
-    if (product == DecodeProduct::kOutput) in = p.buffers.attended;
-    if (product == DecodeProduct::kGateUp) in = p.buffers.middle, squares = p.buffers.middle_squares;
-    if (product == DecodeProduct::kDown) in = p.buffers.hidden;
+    const uint64_t* in = p.buffers.entered;
+    const void* norm = nullptr;
+    switch (product) {
+      case DecodeProduct::kQkv: norm = weights.sa_norm; break;
+      case DecodeProduct::kOutput: in = p.buffers.attended; break;
+      case DecodeProduct::kGateUp: in = p.buffers.middle, norm = weights.mlp_norm; break;
+      case DecodeProduct::kDown: in = p.buffers.hidden; break;
+      case DecodeProduct::kHead: norm = p.norm; break;
+    }
+    if (product == DecodeProduct::kOutput) {
+      attend(p, weights, smem.rows, longest, flag, smem.attend);
+      ptx::bar_sync(1, kStreamThreads);  // the storage is free
+    }
 
-    if (product == DecodeProduct::kOutput) attend(p, weights, smem.rows, longest, flag, smem.attend);
-    int part = 0;
-    float* const rstd = smem.rstd[index / 2 % 2];
-    bool first_load = has_norm && warp < p.num_tokens;
-    const auto load = [&](Activations& activations, int slice) {
-      load_flagged_rows(activations, in, flag, matrix.in_features, p.num_tokens, slice);
-      if (first_load) {
-        const int tiles = num_tiles(p.hidden_size);
-        const float value = load_rstd(squares + warp * tiles, flag, tiles, p.hidden_size, p.norm_eps);
-        rstd[warp] = value / published_scale<T>();
-      }
-      first_load = false;
-    };
-    struct Kept {
-      uint32_t residual, bias, norm;
-    };
-    const auto begin = [&](bool valid, int, int token, int n) {
-      Kept kept{0, 0, 0};
-      if (valid && product == DecodeProduct::kQkv) kept.bias = load_pair<T>(weights.qkv_bias, n);
-      if (valid && product == DecodeProduct::kOutput) {
-        kept = {Residual<T>{p}.pair(token, n), load_pair<T>(weights.output_bias, n),
-                load_pair<T>(weights.mlp_norm, n)};
-      }
-      return kept;
-    };
-    const auto finish = [&](const Kept& kept, bool valid, int tile, int token, int n, float first, float second) {
-      if (has_norm) {
-        const float scale = rstd[token];
-        first *= scale, second *= scale;
-      }
-      const float2 bias = unpack_pair<T>(kept.bias);
-      if (product == DecodeProduct::kGateUp) {  // n, n + 1: a gate and its up
-        const float value = activate(p.activation, first) * second;
-        const float next = __shfl_down_sync(0xffffffffu, value, 1);
-        uint64_t* const to = p.buffers.hidden + (token * p.intermediate_size + n / 2) / 2;
-        if (valid && n % 4 == 0) store_flagged(to, pack_pair<T>(value, next), flag);
-      } else if (product == DecodeProduct::kOutput) {
-        const float2 r = unpack_pair<T>(kept.residual);
-        Residual<T>{p}.publish(valid, tile, token, n, first + bias.x + r.x, second + bias.y + r.y, kept.norm,
-                               p.buffers.middle, p.buffers.middle_squares, flag);
-      } else if (!valid) {
-        return;
-      } else if (product == DecodeProduct::kQkv) {
-        uint64_t* const to = p.buffers.qkv + (token * p.qkv_size() + n) / 2;
-        store_flagged(to, pack_pair<T>(first + bias.x, second + bias.y), flag);
-      } else if (product == DecodeProduct::kDown) {  // the sums of a part, to who adds them up
-        uint64_t* const to = p.buffers.down + (part * p.num_tokens + token) * p.hidden_size + n;
-        store_flagged(to, __float_as_uint(first), flag);
-        store_flagged(to + 1, __float_as_uint(second), flag);
-      } else {
-        float* const logits = static_cast<float*>(p.out) + int64_t(token) * p.vocab_size + n;
-        logits[0] = to_float(from_float<T>(first));
-        if (n + 1 < p.vocab_size) logits[1] = to_float(from_float<T>(second));
-      }
-    };
-    for_segments(matrix, down, [&](int index, const Segment& segment) {
-      part = index;
-      ptx::bar_sync(1, kConsumerThreads);  // the storage is free
-      multiply<T>(ring, position, smem.product, segment, matrix.out_features, matrix.in_features,
-                  p.num_tokens, load, begin, finish);
-    });
+    Squares& squares = smem.squares[index / 2 % 2];
+    const int out_features = out_features_of(p, product), in_features = in_features_of(p, product);
+    const int end_part = product == DecodeProduct::kDown ? plan.end_part : plan.first_part + 1;
+#pragma unroll 1
+    for (int part = plan.first_part; part < end_part; ++part) {
+      const Segment segment = plan.segment(product, part);
+      const auto load = [&](Activations& x, int slice, int chunks, bool again, WarpStorage<T>& storage) {
+        load_flagged_rows<T>(x, in, flag, norm, in_features, p.num_tokens, slice, chunks, storage,
+                             norm != nullptr && !again ? &squares : nullptr);
+      };
+      struct Kept {
+        float2 residual;
+        uint32_t bias;
+      };
+      const auto begin = [&](bool valid, int token, int n) {
+        Kept kept{make_float2(0.f, 0.f), 0};
+        if (valid && product == DecodeProduct::kQkv) kept.bias = load_pair<T>(weights.qkv_bias, n);
+        if (valid && product == DecodeProduct::kOutput) {
+          kept.residual = load_own_pair<T>(pair_word(p.buffers.entered, p.hidden_size, token, n));
+          kept.bias = load_pair<T>(weights.output_bias, n);
+        }
+        return kept;
+      };
+      const auto finish = [&](const Kept& kept, bool valid, int token, int n, float first, float second) {
+        if (norm != nullptr) {
+          const float rstd = product_rstd<T>(squares, token, p.hidden_size, p.norm_eps);
+          first *= rstd, second *= rstd;
+        }
+        const float2 bias = unpack_pair<T>(kept.bias);
+        if (product == DecodeProduct::kGateUp) {  // n, n + 1: a gate and its up
+          const float value = activate(p.activation, first) * second;
+          const float next = __shfl_down_sync(0xffffffffu, value, 1);
+          uint64_t* const to = pair_word(p.buffers.hidden, p.intermediate_size, token, n / 2);
+          if (valid && n % 4 == 0) store_flagged(to, pack_pair<T>(value, next), flag);
+        } else if (!valid) {
+          return;
+        } else if (product == DecodeProduct::kOutput) {
+          const float2 r = kept.residual;
+          store_flagged(pair_word(p.buffers.middle, p.hidden_size, token, n),
+                        pack_pair<T>(first + bias.x + r.x, second + bias.y + r.y), flag);
+        } else if (product == DecodeProduct::kQkv) {
+          store_flagged(pair_word(p.buffers.qkv, p.qkv_size(), token, n), pack_pair<T>(first + bias.x, second + bias.y),
+                        flag);
+        } else if (product == DecodeProduct::kDown) {  // the sums of a part, to who adds them up
+          uint64_t* const to = p.buffers.down + (part * p.num_tokens + token) * p.hidden_size + n;
+          store_flagged(to, __float_as_uint(first), flag);
+          store_flagged(to + 1, __float_as_uint(second), flag);
+        } else {
+          float* const logits = static_cast<float*>(p.out) + int64_t(token) * p.vocab_size + n;
+          logits[0] = to_float(from_float<T>(first));
+          if (n + 1 < p.vocab_size) logits[1] = to_float(from_float<T>(second));
+        }
+      };
+      multiply<T>(stream, smem.product, segment, out_features, p.num_tokens, load, begin, finish);
+    }
     if (product == DecodeProduct::kDown) leave_layer<T>(p, layer, flag);
   }
+  ptx::cp_async_wait<0>();
 
   // The last block to come here leaves the workspace ready for the next step: all have read the step counter.
-  ptx::bar_sync(1, kConsumerThreads);
+  ptx::bar_sync(1, kStreamThreads);
   unsigned* const exited = reinterpret_cast<unsigned*>(p.workspace + 1);
   if (threadIdx.x == 0 && atomicAdd(exited, 1u) == gridDim.x - 1) {
     *exited = 0;
     *p.workspace += 1;
   }
-}
-
-template <typename T, typename Config>
-__global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __grid_constant__ DecodeStepParams p) {
-  using Storage = DecodeStorage<T, Config>;
-  FS_SHARED_STORAGE(Storage, smem);
-  const WeightRing ring(smem, p.ring_stages);
-  init_ring(ring);
-  if (threadIdx.x < kConsumerThreads) return consume<T, Config>(p, smem, ring);
-
-  RingPosition position;
-  const RowParts down(p.hidden_size, p.intermediate_size);
-  const int num_matrices = num_decode_matrices(p);
-  for (int i = 0; i < num_matrices; ++i) {
-    const DecodeMatrix<T> m(p, i);
-    for_segments(m, down, [&](int, const Segment& segment) {
-      fill_ring(ring, position, segment, m.weight, m.in_features, m.out_features, m.in_features);
-    });
-  }
-  ptx::cp_async_wait<0>();
 }
 
 }  // namespace fastshard

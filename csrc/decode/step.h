@@ -16,25 +16,23 @@ constexpr int kDecodeMaxSplits = 16;  // parts of a key-value head's keys
 
 // Of one layer: contiguous matrices [out_features, in_features] and vectors of T, 16-byte aligned.
 struct DecodeLayer {
-  const void* sa_norm;         // [hidden_size]
-  const void* qkv_weight;      // [qkv_size, hidden_size]
-  const void* qkv_bias;        // [qkv_size] or null
-  const void* q_norm;          // [head_dim] or null, as k_norm
+  const void* sa_norm;      // [hidden_size]
+  const void* weights[4];   // qkv [qkv_size, hidden_size], output [hidden_size, num_heads * head_dim], gate and up
+                            // [2 * intermediate_size, hidden_size], rows interleaved, down [hidden_size,
+                            // intermediate_size]
+  const void* qkv_bias;     // [qkv_size] or null
+  const void* q_norm;       // [head_dim] or null, as k_norm
   const void* k_norm;
-  const void* output_weight;   // [hidden_size, num_heads * head_dim]
-  const void* output_bias;     // [hidden_size] or null
-  const void* mlp_norm;        // [hidden_size]
-  const void* gate_up_weight;  // [2 * intermediate_size, hidden_size], rows interleaved
-  const void* down_weight;     // [hidden_size, intermediate_size]
-  void* k_cache;               // [>= num_tokens, num_kv_heads, cache_size, head_dim]
+  const void* output_bias;  // [hidden_size] or null
+  const void* mlp_norm;     // [hidden_size]
+  void* k_cache;            // [>= num_tokens, num_kv_heads, cache_size, head_dim]
   void* v_cache;
-  int window;                  // keys that a query sees, 0: all
+  int window;               // keys that a query sees, 0: all
 };
 
 // Where the launcher puts the buffers of a step in the workspace: csrc/decode/step.cuh says what they are for.
 struct DecodeBuffers {
-  uint64_t *entered, *qkv, *attended, *middle, *hidden, *entered_squares, *middle_squares, *down, *partials;
-  uint32_t* residual;
+  uint64_t *entered, *qkv, *attended, *middle, *hidden, *down, *partials;
 };
 
 struct DecodeStepParams {
@@ -61,8 +59,7 @@ struct DecodeStepParams {
   bool rope_interleaved;
   bool weight_in_fp32;  // multiply norms by their weight before rounding to T, not after
   Activation activation;
-  DecodeBuffers buffers;  // filled in by the launcher, as the next
-  int ring_stages;
+  DecodeBuffers buffers;  // filled in by the launcher
   DecodeLayer layers[kDecodeMaxLayers];
 
   __host__ __device__ int group() const { return num_heads / num_kv_heads; }
