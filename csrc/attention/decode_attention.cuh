@@ -259,8 +259,8 @@ __global__ __launch_bounds__(Config::kThreads, 1) void decode_attention_kernel(
     const int to_token = params.token(row), qo_head = kv_head * p.group + row - to_token * p.group;
     T* const to = static_cast<T*>(p.out) +
                   ((int64_t(batch) * p.s_q + to_token) * p.num_kv_heads * p.group + qo_head) * kHeadDim + column;
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack_floats<T>(result.out.x * inverse, result.out.y * inverse),
-                                               pack_floats<T>(result.out.z * inverse, result.out.w * inverse));
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack_pair<T>(result.out.x * inverse, result.out.y * inverse),
+                                               pack_pair<T>(result.out.z * inverse, result.out.w * inverse));
   }
   if (!is_last || num_parts == 1) return;
 

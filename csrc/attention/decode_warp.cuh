@@ -255,7 +255,7 @@ struct DecodeWarp {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int e = kHalves == 2 ? i % 2 * 2 : 0;
-      a[i] = pack_floats<T>(weights[i / 2][e], weights[i / 2][e + 1]);
+      a[i] = pack_pair<T>(weights[i / 2][e], weights[i / 2][e + 1]);
     }
 #pragma unroll
     for (int i = 0; i < kValueLoads; ++i) {

@@ -122,7 +122,7 @@ struct RowResult {
         const T* bias = static_cast<const T*>(p.bias) + column;
         y = make_float2(y.x + to_float(bias[0]), y.y + to_float(bias[1]));
       }
-      *reinterpret_cast<uint32_t*>(to + column) = pack_floats<T>(y.x, y.y);
+      *reinterpret_cast<uint32_t*>(to + column) = pack_pair<T>(y.x, y.y);
     }
   }
 };

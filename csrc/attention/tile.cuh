@@ -85,18 +85,6 @@ __device__ __forceinline__ void multiply_queries_keys(float (&scores)[kTiles][4]
   }
 }
 
-__device__ __forceinline__ uint32_t pack(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
-__device__ __forceinline__ uint32_t pack(__nv_bfloat162 x) { return *reinterpret_cast<uint32_t*>(&x); }
-
-// Two floats rounded to T, the first in the low half.
-template <typename T> __device__ __forceinline__ uint32_t pack_floats(float low, float high);
-template <> __device__ __forceinline__ uint32_t pack_floats<__half>(float low, float high) {
-  return pack(__floats2half2_rn(low, high));
-}
-template <> __device__ __forceinline__ uint32_t pack_floats<__nv_bfloat16>(float low, float high) {
-  return pack(__floats2bfloat162_rn(low, high));
-}
-
 // out[16, kHeadDim] += weights[16, 8 * kTiles] * v[8 * kTiles, kHeadDim], the weights rounded to T.
 template <typename T, int kTiles, int kOutTiles>
 __device__ __forceinline__ void accumulate_values(float (&out)[kOutTiles][4], const float (&weights)[kTiles][4],
@@ -106,8 +94,8 @@ __device__ __forceinline__ void accumulate_values(float (&out)[kOutTiles][4], co
   for (int k = 0; k < kTiles; k += 2) {
     // An accumulator pair of 16 x 8 is an operand A of 16 x 16.
     const uint32_t a[4] = {
-        pack_floats<T>(weights[k][0], weights[k][1]), pack_floats<T>(weights[k][2], weights[k][3]),
-        pack_floats<T>(weights[k + 1][0], weights[k + 1][1]), pack_floats<T>(weights[k + 1][2], weights[k + 1][3])};
+        pack_pair<T>(weights[k][0], weights[k][1]), pack_pair<T>(weights[k][2], weights[k][3]),
+        pack_pair<T>(weights[k + 1][0], weights[k + 1][1]), pack_pair<T>(weights[k + 1][2], weights[k + 1][3])};
 #pragma unroll
     for (int n = 0; n < kOutTiles; n += 2) {
       // Matrices: keys 0-7 and 8-15 of eight columns, then of the next eight.

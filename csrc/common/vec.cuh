@@ -1,4 +1,4 @@
-// 16-byte vectors: one Vec is one LDG.128 / STG.128.
+// 16-byte vectors, where one Vec is one LDG.128 / STG.128, and pairs of 16-bit values in a register.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -33,5 +33,22 @@ template <typename T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// Two floats rounded to T, the first in the low half; and back.
+template <typename T> __device__ __forceinline__ uint32_t pack_pair(float first, float second);
+template <> __device__ __forceinline__ uint32_t pack_pair<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <> __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
+  const T* const values = reinterpret_cast<const T*>(&pair);
+  return make_float2(to_float(values[0]), to_float(values[1]));
+}
 
 }  // namespace fastshard

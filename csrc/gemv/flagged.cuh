@@ -9,21 +9,6 @@
 
 namespace fastshard {
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
-  const T pair[2] = {from_float<T>(first), from_float<T>(second)};
-  uint32_t packed;
-  memcpy(&packed, pair, 4);
-  return packed;
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
-  T values[2];
-  memcpy(values, &pair, 4);
-  return make_float2(to_float(values[0]), to_float(values[1]));
-}
-
 __device__ __forceinline__ void store_flagged(uint64_t* word, uint32_t value, uint32_t flag) {
   ptx::st_relaxed_64(word, uint64_t(flag) << 32 | value);
 }

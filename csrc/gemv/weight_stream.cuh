@@ -91,7 +91,7 @@ class WeightStream {
     for (int i = 0; i < kStages; ++i) fetch();
   }
 
-  // Of the next chunk, for each step the 16 bytes of weight row lane / 4, columns 8 (lane % 4).. of the step; zeros past
+  // Of the next chunk, for each step 16 bytes of weight row lane / 4, columns 8 (lane % 4).. of the step; zeros past
   // the columns. A call of fetch() follows.
   __device__ __forceinline__ void take(uint4 (&weights)[kChunkSteps]) const {
     ptx::cp_async_wait<kStages - 1>();
