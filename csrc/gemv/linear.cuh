@@ -103,8 +103,7 @@ __device__ __forceinline__ void normalize(Activations& x, const LinearParams& p,
 #pragma unroll
   for (int i = 0; i < kSliceSteps; ++i) {
     if (!columns.inside(i)) continue;
-    const uint4 v =
-        *reinterpret_cast<const uint4*>(static_cast<const T*>(p.norm_weight) + columns.column(i));
+    const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.norm_weight) + columns.column(i));
     const uint32_t weights[4] = {v.x, v.z, v.y, v.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -153,7 +152,6 @@ __global__ __launch_bounds__(kStreamThreads, 1) void linear_kernel(const __grid_
     if (n + 1 < p.out_features) to[1] = from_float<T>(second + to_float(kept.bias[1]) + to_float(kept.residual[1]));
   };
   multiply<T>(stream, smem.product, segment, p.out_features, p.num_tokens, load, begin, finish);
-  ptx::cp_async_wait<0>();
 }
 
 template <typename T, typename Config>
