@@ -80,7 +80,7 @@ struct DecodePlan {
       }
       num_runs[i] = fastshard::num_runs(segments[i]);
       if (product == DecodeProduct::kDown) num_runs[i] *= end_part - first_part;
-      runs[i] = run_of(segments[i], out_features, in_features, 0);
+      runs[i] = run_of(segments[i], out_features, in_features, in_features, 0);
     }
   }
 
@@ -95,7 +95,7 @@ struct DecodePlan {
   __device__ __forceinline__ Run run(const DecodeStepParams& p, DecodeProduct product, int index) const {
     const int out_features = out_features_of(p, product), in_features = in_features_of(p, product);
     const bool in_parts = product == DecodeProduct::kDown;  // of one run each
-    return run_of(segment(product, first_part + (in_parts ? index : 0)), out_features, in_features,
+    return run_of(segment(product, first_part + (in_parts ? index : 0)), out_features, in_features, in_features,
                   in_parts ? 0 : index);
   }
 };

@@ -1,4 +1,4 @@
-// Host interface of the small-row linear kernel: no torch, no device code.
+// Host interface of the small-row linear kernels: no torch, no device code.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,6 +9,7 @@
 namespace fastshard {
 
 constexpr int kLinearMaxTokens = 16;
+constexpr int kLinearMaxStride = 1 << 28;  // of weight
 
 struct LinearParams {
   const void* x;            // [num_tokens, in_features], unit-stride 16-byte aligned rows
@@ -18,7 +19,7 @@ struct LinearParams {
   const void* residual;     // [num_tokens, out_features] or null, unit-stride rows
   void* out;                // [num_tokens, out_features], contiguous
   int64_t x_stride;         // between rows, in elements, a multiple of 8
-  int64_t weight_stride;    // a multiple of 8
+  int64_t weight_stride;    // a multiple of 8, at most kLinearMaxStride
   int64_t residual_stride;
   int num_tokens;           // at most kLinearMaxTokens
   int out_features;

@@ -39,7 +39,6 @@ template <typename Config>
 struct GemvSharedStorage {
   uint4 activations[Config::kActivationElems / 8];  // [num_tokens, chunk] of T, 16-byte units swizzled
   float4 sums[Config::kWarps][Config::kFragments][32];
-  float squares[Config::kWarps][Config::kMaxTokens];
   float rstd[Config::kMaxTokens];
 };
 static_assert(2 * (sizeof(GemvSharedStorage<GemvNarrow>) + 1024) <= 100 * 1024);
@@ -98,30 +97,21 @@ __device__ __forceinline__ int activation_unit(int token, int k, int chunk) {
   return token * (chunk / 8) + ((k / 8) ^ (token % 2 * 4));
 }
 
-// smem.rstd = 1 / sqrt(mean(x^2) + eps) of each token, behind the caller's next barrier. Few tokens are cut into slices,
-// so that all warps have work.
+// smem.rstd = 1 / sqrt(mean(x^2) + eps) of each token, behind the caller's next barrier. A warp has a token at a time.
 template <typename Config, typename T>
 __device__ __forceinline__ void compute_rstd(const GemvProblem<T>& p, GemvSharedStorage<Config>& smem) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int slices = p.num_tokens == 1 ? 8 : p.num_tokens == 2 ? 4 : p.num_tokens <= 4 ? 2 : 1;  // warps a token
-  static_assert(Config::kWarps == 8);
-  for (int token = warp / slices; token < p.num_tokens; token += Config::kWarps / slices) {
+  for (int token = warp; token < p.num_tokens; token += Config::kWarps) {
     const T* row = p.x + token * p.x_stride;
     float sum = 0.f;
 #pragma unroll 4
-    for (int k = 8 * (warp % slices * 32 + lane); k < p.in_features; k += 8 * 32 * slices) {
+    for (int k = 8 * lane; k < p.in_features; k += 8 * 32) {
       const Vec<T> x = load_vec(row + k);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum += to_float(x[j]) * to_float(x[j]);
     }
     sum = warp_reduce_sum(sum);
-    if (lane == 0) smem.squares[warp % slices][token] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x < p.num_tokens) {
-    float sum = 0.f;
-    for (int slice = 0; slice < slices; ++slice) sum += smem.squares[slice][threadIdx.x];
-    smem.rstd[threadIdx.x] = rsqrtf(sum / p.in_features + p.norm_eps);
+    if (lane == 0) smem.rstd[token] = rsqrtf(sum / p.in_features + p.norm_eps);
   }
 }
 

@@ -23,6 +23,7 @@ constexpr int kWarpColumns = kChunkColumns / kStreamWarps;  // of a chunk
 constexpr int kChunkSteps = kWarpColumns / 32;              // steps of 32 columns that a warp has of a chunk
 constexpr int kSliceChunks = 4;                             // whose activations a warp holds in registers at a time
 constexpr int kGroupTiles = 8;                              // whose sums meet in shared memory together
+constexpr int kStreamMaxStride = 1 << 28;                   // of a matrix: offsets within a tile are 32 bits
 
 // What one block does of one matrix: `tiles` tiles of 8 rows, the same chunks of each. Groups of kGroupTiles tiles; in
 // a group, slices of kSliceChunks chunks; in a slice, tile by tile; in a tile, chunk by chunk.
@@ -49,7 +50,7 @@ __device__ __forceinline__ Segment whole_rows(int out_features, int in_features)
 // Tiles of a segment, one after another, with one slice of each: what a stream fetches without looking up.
 struct alignas(16) Run {
   int64_t offset;  // of its first element in the matrix
-  int in_features;
+  int stride;      // from row to row of the matrix
   int columns, chunks;        // of a row from there on, and of the slice
   int rows, row_step, tiles;  // of the matrix from there on; from tile to tile
 };
@@ -60,13 +61,13 @@ __device__ __forceinline__ int num_runs(const Segment& s) {
   return (s.tiles + kGroupTiles - 1) / kGroupTiles * ((s.chunks + kSliceChunks - 1) / kSliceChunks);
 }
 
-// In the order of multiply().
-__device__ __forceinline__ Run run_of(const Segment& s, int out_features, int in_features, int index) {
+// In the order of multiply(). stride: from row to row, at most kStreamMaxStride.
+__device__ __forceinline__ Run run_of(const Segment& s, int out_features, int in_features, int stride, int index) {
   const int slices = (s.chunks + kSliceChunks - 1) / kSliceChunks;
   const int group = index / slices * kGroupTiles, chunk = index % slices * kSliceChunks;
   const int row = kTileRows * s.tile(group), column = (s.first_chunk + chunk) * kChunkColumns;
   Run run;
-  run.offset = int64_t(row) * in_features + column, run.in_features = in_features;
+  run.offset = int64_t(row) * stride + column, run.stride = stride;
   run.columns = in_features - column, run.chunks = min(kSliceChunks, s.chunks - chunk);
   run.rows = out_features - row, run.row_step = kTileRows * s.tile_step;
   run.tiles = slices == 1 ? s.tiles : min(kGroupTiles, s.tiles - group);
@@ -146,10 +147,10 @@ class WeightStream {
     left_ = 0, chunks_left_ = 0;
     const T* const weight = source_.next(run);
     if (weight == nullptr) return;
-    from_ = weight + run.offset + int(threadIdx.x % 32 / kRowLanes) * run.in_features + lane_column();
+    from_ = weight + run.offset + int(threadIdx.x % 32 / kRowLanes) * run.stride + lane_column();
     rows_left_ = run.rows, row_step_ = run.row_step;
-    skip_ = int64_t(run.row_step) * run.in_features - run.chunks * kChunkColumns;
-    copy_stride_ = kCopyRows * run.in_features;
+    skip_ = int64_t(run.row_step) * run.stride - run.chunks * kChunkColumns;
+    copy_stride_ = kCopyRows * run.stride;
     columns_ = run.columns, chunks_ = run.chunks, tiles_left_ = run.tiles;
     begin_row();
   }

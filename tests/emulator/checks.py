@@ -86,13 +86,21 @@ def sample():
 
 @check("gemv/*.cu")
 def linear():
-    """More tiles than blocks, a ragged last one; activations of one chunk, and of two."""
-    x = inside_nan(8, 2136, dtype=torch.bfloat16)
+    """Many rows: more tiles than blocks, a ragged last one; activations of one chunk, and of three.
+
+    Few: several groups of tiles, a ragged last tile and chunk; registers for all of x, and not.
+    """
+    x = inside_nan(12, 2136, dtype=torch.bfloat16)
     weight = inside_nan(140, 2136, dtype=torch.bfloat16, scale=2136**-0.5)
     norm_weight = inside_nan(2136, dtype=torch.bfloat16)
+    long_x = inside_nan(3, 4232, dtype=torch.bfloat16)
+    long_weight = inside_nan(68, 4232, dtype=torch.bfloat16, scale=4232**-0.5)
+    residual = inside_nan(3, 68, dtype=torch.bfloat16)
     return lambda: (
         ops.linear(x[:, :600], weight[:, :600]),
         ops.linear(x, weight, norm_weight=norm_weight, norm_eps=0.1),
+        ops.linear(x[:8], weight, norm_weight=norm_weight, norm_eps=0.1),
+        ops.linear(long_x, long_weight, residual=residual),
     )
 
 

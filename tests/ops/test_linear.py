@@ -89,34 +89,37 @@ def test_rows(num_tokens, dtype, device):
     check(make(num_tokens, 72, 264, dtype, device))
 
 
-# Up to 8 rows a warp takes 128 of K at a time and the block 1024, above 64 and 512. Shared memory
-# holds 2048 of K for 8 rows, 1024 for 16 and 22528 for one: beyond, they are loaded in chunks.
+# Up to 8 rows a warp takes 128 of K at a time and the block 1024, a chunk; registers hold four of
+# them. Above, a warp takes 64 and the block 512, and shared memory holds 1024 of K for 16 rows.
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 8, 16])
 @pytest.mark.parametrize(
-    "in_features", [8, 24, 32, 40, 64, 72, 128, 136, 512, 520, 1024, 1032, 2048, 2056, 3080]
+    "in_features", [8, 24, 32, 40, 64, 72, 128, 136, 512, 520, 1024, 1032, 2048, 2056, 3080, 4096]
 )
 def test_in_features(in_features, num_tokens, dtype, device):
     check(make(num_tokens, 24, in_features, dtype, device))
 
 
-@pytest.mark.parametrize("in_features", [22528, 22536])
-def test_in_features_of_one_row(in_features, device):
-    check(make(1, 24, in_features, torch.bfloat16, device))
+@pytest.mark.parametrize("options", ["bias", "norm", "norm32"])
+@pytest.mark.parametrize("in_features", [4104, 8192, 9224])
+def test_in_features_beyond_the_registers(in_features, options, device):
+    check(make(3, 24, in_features, torch.bfloat16, device, (options, "residual")))
 
 
-# A tile is 16 rows of weight up to 8 rows of x, 32 above. The emulator holds 8 blocks: with more
-# tiles than that (128 and 256 rows), a block takes several.
+# A tile is 8 rows of weight up to 8 rows of x, 32 above. The emulator holds 4 blocks of the first,
+# which sum 8 tiles together, and 8 of the other: 32, 256 and 256 rows of weight.
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 16])
-@pytest.mark.parametrize("out_features", [1, 2, 15, 16, 17, 31, 32, 33, 128, 129, 256, 257, 545])
+@pytest.mark.parametrize(
+    "out_features", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 128, 129, 256, 257, 265, 545]
+)
 def test_out_features(out_features, num_tokens, dtype, device):
     check(make(num_tokens, out_features, 72, dtype, device))
 
 
-# Several tiles a block and several chunks of x a tile.
+# Several groups of tiles a block, and x in several parts for each of them.
 @pytest.mark.parametrize("num_tokens", [7, 16])
-def test_many_tiles_and_chunks(num_tokens, device):
+def test_many_tiles_and_parts(num_tokens, device):
     check(make(num_tokens, 545, 4104, torch.float16, device))
 
 
@@ -350,12 +353,15 @@ def test_replays_in_a_graph(num_tokens, device):
 
 
 @CUDA_ONLY
-@pytest.mark.parametrize("num_tokens", [1, 16])
-def test_runs_one_kernel_of_ours(num_tokens, device):
+@pytest.mark.parametrize(
+    ("num_tokens", "kernel"),
+    [(1, "linear"), (8, "linear"), (9, "wide_linear"), (16, "wide_linear")],
+)
+def test_runs_one_kernel_of_ours(num_tokens, kernel, device):
     a = make(num_tokens, 96, 256, torch.float16, device)
     names = cuda_kernel_names(lambda: ops.linear(norm_eps=EPS, **a))
     assert len(names) == 1
-    assert "fastshard::linear_kernel" in names[0]
+    assert f"fastshard::{kernel}_kernel<" in names[0]
 
 
 def test_cost():
