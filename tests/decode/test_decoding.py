@@ -18,7 +18,7 @@ from fastshard import Shard, ShardChain, decode, generate_batch, ops
 from fastshard.decode import modes, static
 from fastshard.models import inputs
 from fastshard.sampling import Sampling
-from helpers import CUDA_ONLY, assert_as_accurate, skip_without_decode_kernel
+from helpers import CUDA_ONLY, assert_as_accurate
 
 SAMPLED = Sampling(temperature=1.2, top_k=60, top_p=0.95, seed=3)
 PROMPT = [40, 41, 42, 43, 44]
@@ -69,11 +69,6 @@ def graphs(monkeypatch):
     monkeypatch.setattr(static, "_capture", capture)
     monkeypatch.setattr(inputs, "_check_range", lambda *arguments: None)  # it reads CPU tensors
     return made
-
-
-@pytest.fixture(autouse=True)
-def _needs_the_kernel(request):
-    skip_without_decode_kernel(request)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from helpers import (
     assert_as_accurate,
     assert_replays_in_a_graph,
     cuda_kernel_names,
-    skip_without_decode_kernel,
 )
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -24,11 +23,6 @@ LISTS = (
     *("sa_norm", "qkv_weight", "output_weight", "mlp_norm", "gate_up_weight", "down_weight"),
     *("qkv_bias", "output_bias", "q_norm", "k_norm"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _needs_the_kernel(request):
-    skip_without_decode_kernel(request)
 
 
 @dataclass(frozen=True)
