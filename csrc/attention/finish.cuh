@@ -11,7 +11,7 @@ namespace fastshard {
 // What kParts workers found of kRows rows each; the softmax is relative to each one's own maximum.
 template <int kParts, int kRows, int kHeadDim>
 struct PartialRows {
-  float out[kParts][kRows][kHeadDim + 8];  // sum of weight * v; + 8: four rows at a time in different banks
+  float out[kParts][kRows][kHeadDim + 4];  // sum of weight * v; + 4: rows begin in different banks
   float max[kParts][kRows];                // of base-2 scores
   float sum[kParts][kRows];                // of weights; 0: nothing seen, the other two are not read
 };
