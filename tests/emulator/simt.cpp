@@ -545,41 +545,6 @@ void named_barrier(int id, int threads) {
   reschedule();
 }
 
-namespace {
-
-struct Mbarrier {
-  uint16_t arrivals, missing, phase, mark;
-};
-static_assert(sizeof(Mbarrier) == 8);
-constexpr uint16_t kMbarrierMark = 0xba44;
-
-Mbarrier& checked(const void* barrier) {
-  auto& b = *static_cast<Mbarrier*>(const_cast<void*>(barrier));
-  if (b.mark != kMbarrierMark) fail("mbarrier that nobody has initialised");
-  return b;
-}
-
-}  // namespace
-
-void mbarrier_init(void* barrier, int arrivals) {
-  const auto count = static_cast<uint16_t>(arrivals);
-  *static_cast<Mbarrier*>(barrier) = {count, count, 0, kMbarrierMark};
-}
-
-void mbarrier_arrive(void* barrier) {
-  Mbarrier& b = checked(barrier);
-  m.idle_yields = 0;
-  if (--b.missing > 0) return;
-  b.missing = b.arrivals;
-  b.phase ^= 1;
-}
-
-bool mbarrier_test_wait(const void* barrier, int parity) {
-  if (checked(barrier).phase != parity) return true;
-  yield();
-  return checked(barrier).phase != parity;
-}
-
 void poll() {
   if (++m.current->polls % 16 == 0) yield();
 }
@@ -683,14 +648,6 @@ void copy_async(unsigned char* shared, const void* global, uint32_t bytes) {
 void copy_async_commit() {
   Lane& self = *m.current;
   self.groups.push_back(self.uncommitted);
-  self.uncommitted = 0;
-}
-
-void copy_async_land() {
-  Lane& self = *m.current;
-  for (const Copy& copy : self.copies) land(copy);
-  self.copies.clear();
-  for (uint32_t& group : self.groups) group = 0;
   self.uncommitted = 0;
 }
 

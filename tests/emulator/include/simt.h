@@ -94,15 +94,9 @@ extern "C" __attribute__((visibility("default"))) const char* fastshard_emulator
 void copy_async(unsigned char* shared, const void* global, uint32_t bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
-void copy_async_land();  // all that the thread has issued
 
 // Barrier `id` of the block, for `threads` threads; other threads do not wait.
 void named_barrier(int id, int threads);
-
-// An mbarrier: 8 bytes of shared memory.
-void mbarrier_init(void* barrier, int arrivals);
-void mbarrier_arrive(void* barrier);
-bool mbarrier_test_wait(const void* barrier, int parity);  // lets others go first where the answer is no
 
 // A load that may be one of a loop that waits for other threads: now and then it lets them go first.
 void poll();

@@ -99,23 +99,6 @@ __device__ __forceinline__ uint32_t atom_global_inc(uint32_t* global, uint32_t l
   return old;
 }
 
-__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
-  simt::copy_async_land();
-  simt::mbarrier_arrive(simt::shared_pointer(barrier, 8, "cp.async.mbarrier.arrive"));
-}
-
-__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
-  simt::mbarrier_init(simt::shared_pointer(barrier, 8, "mbarrier.init"), arrivals);
-}
-
-__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  simt::mbarrier_arrive(simt::shared_pointer(barrier, 8, "mbarrier.arrive"));
-}
-
-__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, int parity) {
-  return simt::mbarrier_test_wait(simt::shared_pointer(barrier, 8, "mbarrier.test_wait"), parity);
-}
-
 __device__ __forceinline__ void bar_sync(int id, int threads) { simt::named_barrier(id, threads); }
 
 __device__ __forceinline__ uint4 ld_shared_16(uint32_t shared) {
