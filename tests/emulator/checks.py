@@ -4,6 +4,8 @@ Each runs under several schedules, on one multiprocessor where it does not say o
 have more than one tile to do.
 """
 
+import ctypes
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,6 +56,16 @@ def inside_nan(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     padded = torch.full((*shape[:-1], shape[-1] + 64), float("nan"), dtype=dtype)
     padded[..., : shape[-1]] = torch.randn(shape) * scale
     return padded[..., : shape[-1]]
+
+
+def fenced(x: Tensor) -> Tensor:
+    """A copy of `x` that ends where a page begins that nobody may access."""
+    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    fence = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(fence), mmap.PAGESIZE, 0) == 0
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes)
+    return flat.view(x.shape).copy_(x)
 
 
 @check("norm/*.cu")
@@ -160,31 +172,32 @@ def rope_append():
     return call
 
 
+def half_matrix(*shape: int) -> Tensor:
+    return fenced((torch.randn(shape) * shape[-1] ** -0.5).half())
+
+
+def norm_weight(size: int) -> Tensor:
+    return fenced((1 + 0.3 * torch.randn(size)).half())
+
+
 @check("decode/*.cu", num_sms=5)
 def decode_step():
     """Two steps of two layers, and of one: their flags differ by the count of steps alone.
 
     Down in two parts, a head whose keys are shared out to two blocks.
     """
-    hidden, intermediate, d, slots = 136, 2104, 64, torch.tensor([300])
-
-    def matrix(*shape: int) -> Tensor:
-        return (torch.randn(shape) * shape[-1] ** -0.5).half()
-
-    def norm(size: int) -> Tensor:
-        return (1 + 0.3 * torch.randn(size)).half()
-
+    hidden, intermediate, d, slots = 136, 4104, 64, torch.tensor([300])
     layers = {
-        "sa_norm": [norm(hidden) for _ in range(2)],
-        "qkv_weight": [matrix(6 * d, hidden) for _ in range(2)],
-        "output_weight": [matrix(hidden, 2 * d) for _ in range(2)],
-        "mlp_norm": [norm(hidden) for _ in range(2)],
-        "gate_up_weight": [matrix(2 * intermediate, hidden) for _ in range(2)],
-        "down_weight": [matrix(hidden, intermediate) for _ in range(2)],
-        "q_norm": [norm(d) for _ in range(2)],
-        "k_norm": [norm(d) for _ in range(2)],
+        "sa_norm": [norm_weight(hidden) for _ in range(2)],
+        "qkv_weight": [half_matrix(6 * d, hidden) for _ in range(2)],
+        "output_weight": [half_matrix(hidden, 2 * d) for _ in range(2)],
+        "mlp_norm": [norm_weight(hidden) for _ in range(2)],
+        "gate_up_weight": [half_matrix(2 * intermediate, hidden) for _ in range(2)],
+        "down_weight": [half_matrix(hidden, intermediate) for _ in range(2)],
+        "q_norm": [norm_weight(d) for _ in range(2)],
+        "k_norm": [norm_weight(d) for _ in range(2)],
     }
-    inputs, caches = matrix(2, 1, hidden) * 8, torch.randn(2, 2, 1, 2, 320, d).half()
+    inputs, caches = half_matrix(2, 1, hidden) * 8, torch.randn(2, 2, 1, 2, 320, d).half()
     caches[:, :, :, :, 301:] = float("nan")
     table = torch.randn(320, d // 2, 2)
 
@@ -212,6 +225,46 @@ def decode_step():
         return [*outs, *(cache[:, :, 299:301] for cache in (*k_cache, *v_cache))]
 
     return lambda: (*steps(2), *steps(1))
+
+
+@check("decode/*.cu")
+def decode_tokens():
+    """Eight tokens on one block: rows longer than a slice, a ragged last tile of the head."""
+    hidden, intermediate, d, vocab, slots = 4104, 8, 64, 131, torch.arange(8) + 3
+    weights = ops.DecodeWeights(
+        sa_norm=[norm_weight(hidden)],
+        qkv_weight=[half_matrix(3 * d, hidden)],
+        output_weight=[half_matrix(hidden, d)],
+        mlp_norm=[norm_weight(hidden)],
+        gate_up_weight=[half_matrix(2 * intermediate, hidden)],
+        down_weight=[half_matrix(hidden, intermediate)],
+        embedding=half_matrix(vocab, hidden) * 64,
+        norm=norm_weight(hidden),
+        head=half_matrix(vocab, hidden),
+    )
+    caches, table = torch.randn(2, 8, 1, 12, d).half(), torch.randn(12, d // 2, 2)
+
+    def call() -> tuple[Tensor, ...]:
+        k_cache, v_cache = caches.clone()
+        out = fenced(torch.full((8, vocab), float("nan")))
+        ops.decode_step(
+            slots * 5,
+            weights,
+            k_cache=[k_cache],
+            v_cache=[v_cache],
+            rope_table=table,
+            positions=slots,
+            slots=slots,
+            overflow=torch.zeros(1, dtype=torch.int32),
+            workspace=ops.new_decode_workspace(weights, 8, num_heads=1),
+            out=out,
+            num_heads=1,
+            norm_eps=0.1,
+            rope_interleaved=False,
+        )
+        return out.half(), k_cache, v_cache
+
+    return call
 
 
 def disagreement(actual: Tensor, expected: Tensor) -> str | None:
