@@ -7,7 +7,6 @@
 // Floor: the weights' bytes at the bandwidth of the memory; rows of x, residual and out are small beside them.
 #pragma once
 #include "common/reduce.cuh"
-#include "gemv/flagged.cuh"
 #include "gemv/linear.h"
 #include "gemv/product.cuh"
 #include "gemv/tile.cuh"

@@ -521,20 +521,6 @@ MUTANTS = [
         "sum += square;",
     ),
     Mutant(
-        "decode: squares are added once a group",
-        "decode_tokens",
-        "decode/step.cuh",
-        "norm != nullptr && !again ? &squares",
-        "norm != nullptr ? &squares",
-    ),
-    Mutant(
-        "decode: squares are overwritten while the norm before still reads them",
-        "decode_step",
-        "decode/step.cuh",
-        "smem.squares[index / 2 % 2]",
-        "smem.squares[0]",
-    ),
-    Mutant(
         "decode: parts are added up before they are written",
         "decode_step",
         "gemv/flagged.cuh",
@@ -546,22 +532,6 @@ MUTANTS = [
         "decode_step",
         "decode/step.cuh",
         "        if (first + i >= parts) continue;\n",
-    ),
-    Mutant(
-        "decode: the residual is what another block writes",
-        "decode_step",
-        "decode/step.cuh",
-        "const Segment rows = whole_rows(p.hidden_size, 1);",
-        "const Segment rows =\n"
-        "      every_tile((blockIdx.x + 1) % gridDim.x, gridDim.x, p.hidden_size, 0, 1);",
-    ),
-    Mutant(
-        "decode: the residual is that of the layer before",
-        "decode_step",
-        "decode/step.cuh",
-        "pair, flag + 1);",
-        "pair, flag + 1), store_flagged(pair_word(p.buffers.entered, p.hidden_size, token, n), 0,"
-        " flag);",
     ),
     Mutant(
         "decode: no barrier before the plan is read",
