@@ -165,7 +165,7 @@ class WeightStream {
   int stage_ = 0;          // offset of the next to take, and to fetch into
   const T* from_;          // this lane's first copy of the next chunk
   int copy_stride_;
-  int left_, whole_;       // columns of the row from that chunk on; how many must be left to copy without looking
+  int left_, whole_ = 1;   // columns of the row from that chunk on; how many must be left to copy without looking
   int chunks_left_, tiles_left_, rows_left_;
   int64_t skip_;           // elements from the end of a row's chunks to the row of the next tile
   int row_step_, columns_, chunks_;  // of the run
