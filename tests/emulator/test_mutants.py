@@ -567,12 +567,6 @@ MUTANTS = [
         "exp_scale);\n",
     ),
     Mutant(
-        "decode: a warp's part overwrites the new key before the cache has it",
-        "decode_step",
-        "decode/attend.cuh",
-        "      __syncwarp();  // before the warp writes its part there\n",
-    ),
-    Mutant(
         "decode: a head is turned before the warp has it",
         "decode_tokens",
         "decode/attend.cuh",
@@ -585,13 +579,6 @@ MUTANTS = [
         "decode/attend.cuh",
         "    }\n    __syncwarp();\n  }\n#pragma unroll 1\n  for (int i = lane;",
         "    }\n  }\n#pragma unroll 1\n  for (int i = lane;",
-    ),
-    Mutant(
-        "decode: a part's last keys are another part's",
-        "decode_step",
-        "decode/attend.cuh",
-        "HideFrom{range.end}",
-        "HideFrom{range.end + 1}",
     ),
     Mutant(
         "decode: the step counter stands still",
