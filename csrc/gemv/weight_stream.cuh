@@ -49,8 +49,8 @@ __device__ __forceinline__ Segment whole_rows(int out_features, int in_features)
 
 // Tiles of a segment, one after another, with one slice of each: what a stream fetches without looking up.
 struct alignas(16) Run {
-  int64_t offset;  // of its first element in the matrix
-  int stride;      // from row to row of the matrix
+  int64_t offset;             // of its first element in the matrix
+  int stride;                 // from row to row of the matrix
   int columns, chunks;        // of a row from there on, and of the slice
   int rows, row_step, tiles;  // of the matrix from there on; from tile to tile
 };
