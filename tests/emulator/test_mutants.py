@@ -581,6 +581,13 @@ MUTANTS = [
         "    }\n  }\n#pragma unroll 1\n  for (int i = lane;",
     ),
     Mutant(
+        "decode: a part's last keys are another part's",
+        "decode_step",
+        "decode/attend.cuh",
+        "HideFrom{range.end}",
+        "HideFrom{range.end + 1}",
+    ),
+    Mutant(
         "decode: the step counter stands still",
         "decode_step",
         "decode/step.cuh",
