@@ -18,7 +18,7 @@ import fastshard
 from fastshard.decode import MODES
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_BENCHMARKS = ("attention", "linear", "mlp", "decode", "start")
+_BENCHMARKS = ("attention", "linear", "mlp", "norm", "prefill", "decode", "start")
 _DECODE_MODES = ("persistent", "graph", "eager")
 _PEERS = ("eager", "compile", "autotune", "sdpa")
 
@@ -97,7 +97,7 @@ def _add_generate(commands) -> None:
 def _add_bench(commands) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time kernels and decode steps against this GPU's limits and PyTorch",
+        help="time kernels, prefill and decode steps against this GPU's limits and PyTorch",
         description="Time on the current GPU, one line a case. BENCHMARK is any of "
         f"{', '.join(_BENCHMARKS)} (default: all); without more, at the shapes of our goals.",
     )
@@ -105,8 +105,20 @@ def _add_bench(commands) -> None:
     add = bench.add_argument
     add("benchmarks", metavar="BENCHMARK", nargs="*", help="what to time", type=_benchmark)
     add("--model", metavar="PRESET", nargs="+", help="shapes, like llama-3.2-1b qwen2.5-0.5b")
-    add("--batch", metavar="N", nargs="+", type=_count, help="batch sizes, or rows of linear, mlp")
-    add("--context", metavar="N", nargs="+", type=_count, help="keys in the cache")
+    add(
+        "--batch",
+        metavar="N",
+        nargs="+",
+        type=_count,
+        help="batch sizes; rows of linear, mlp, norm",
+    )
+    add(
+        "--context",
+        metavar="N",
+        nargs="+",
+        type=_count,
+        help="keys in the cache; tokens of prefill",
+    )
     add("--layers", metavar="N", type=_count, help="only the first N layers of each model")
     add("--decode", metavar="MODE", nargs="+", choices=_DECODE_MODES, help="our ways to decode")
     add("--dtype", choices=_DTYPES[1:], default="bfloat16", help="default: bfloat16")

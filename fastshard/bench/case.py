@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,11 +11,12 @@ from torch import Tensor
 from fastshard.bench.limits import Limits
 from fastshard.bench.report import Line, Skipped
 from fastshard.bench.timing import (
+    MAX_NODES,
     GraphRun,
     Run,
     Stopwatch,
-    num_nodes,
-    num_sets,
+    cold_sets,
+    peak_bytes,
     relative_error,
 )
 
@@ -55,6 +57,8 @@ class Case:
         make_run: Makes a run of a call.
         baseline: The variant whose error stands beside those of the others.
         compared: Turns an output into what is compared with ``golden``.
+        limit: What times are held to: read, copy or mma, as in ``Limits``.
+        memory_goal: Bytes that a call may take beside its inputs; where given, they are measured.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Case:
     make_run: Callable[[Call], Run]
     baseline: str = "torch eager"
     compared: Callable[[Tensor], Tensor] = lambda out: out
+    limit: str = "read"
+    memory_goal: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,9 +137,12 @@ class Bench:
 
     def cold_graphs(self, num_bytes: int) -> tuple[int, Callable[[Call], Run]]:
         """How many sets of inputs a case of kernels needs, and its ``make_run``."""
-        sets = num_sets(num_bytes, self.stopwatch.l2_bytes)
-        calls = max(sets, num_nodes(num_bytes))
+        sets, calls = cold_sets(num_bytes, self.stopwatch.l2_bytes)
         return sets, lambda call: GraphRun(lambda i: call(i % sets), calls)
+
+    def hot_graph(self, call: Call) -> Run:
+        """A run whose calls all take the inputs of index 0, from the L2."""
+        return GraphRun(lambda i: call(0), MAX_NODES)
 
     def peers(self, prepare: Mapping[str, Callable[[], Call]]) -> list[Variant]:
         """A variant for each peer that was asked for, by its name in ``PEERS``."""
@@ -154,11 +163,12 @@ class Bench:
 
 def run_case(case: Case, bench: Bench) -> Iterator[Line | Skipped]:
     """Check and time every variant of ``case``."""
-    limit_us = bench.limits.read(case.num_bytes).us
+    limit_us = bench.limits.us(case.limit, case.num_bytes, case.flops)
     golden = case.golden()
     runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     seconds: dict[str, float] = {}
+    peaks: dict[str, int | None] = {}
     skipped = []
     for variant in case.variants:
         begin = time.perf_counter()
@@ -168,6 +178,8 @@ def run_case(case: Case, bench: Bench) -> Iterator[Line | Skipped]:
                 case.compared(call(0)), golden
             )  # waits for the device
             seconds[variant.name] = time.perf_counter() - begin
+            if case.memory_goal is not None:
+                peaks[variant.name] = peak_bytes(partial(call, 0), bench.device)
             runs[variant.name] = case.make_run(call)
         except Unavailable as error:
             skipped.append(Skipped(case.name, variant.name, case.shape, str(error)))
@@ -193,5 +205,8 @@ def run_case(case: Case, bench: Bench) -> Iterator[Line | Skipped]:
                 error=errors[variant.name],
                 eager_error=errors.get(case.baseline),
                 first_call_seconds=seconds[variant.name],
+                limit=case.limit,
+                peak_bytes=peaks.get(variant.name),
+                memory_goal=case.memory_goal,
             )
     yield from skipped

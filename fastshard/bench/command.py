@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastshard.bench import attention, decode, linear, mlp, report, start
+from fastshard.bench import attention, decode, linear, mlp, norm, prefill, report, start
 from fastshard.bench.case import Bench, Problem, Settings, run_case
 from fastshard.bench.limits import Limits
 from fastshard.bench.presets import preset
@@ -19,6 +19,8 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Problem]]] = {
     "attention": attention.problems,
     "linear": linear.problems,
     "mlp": mlp.problems,
+    "norm": norm.problems,
+    "prefill": prefill.problems,
     "decode": decode.problems,
 }
 NAMES = (*BENCHMARKS, "start")
@@ -88,7 +90,7 @@ def run(
             measured = _results(BENCHMARKS[name](bench), bench)
         for result in measured:
             keep(result)
-    for line in report.read_limits(limits.describe()):
+    for line in report.traffic_limits(limits.describe()):
         say(line)
     say(f"{time.monotonic() - begin:.0f} s in all; {report.NOTE}")
 

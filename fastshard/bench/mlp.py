@@ -1,4 +1,4 @@
-"""``bench mlp``: the gated MLP of a few rows."""
+"""``bench mlp``: the gated MLP of a few rows; ``bench prefill`` takes its case for many."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -26,7 +26,7 @@ def problems(bench: Bench) -> Iterator[Problem]:
         shapes = [(rows, *size) for size in sizes for rows in batches or (1, 16)]
     for rows, hidden_size, intermediate_size in shapes:
         shape = f"{rows} x {hidden_size}, intermediate {intermediate_size}"
-        make = partial(_case, bench, shape, rows, hidden_size, intermediate_size)
+        make = partial(case, bench, shape, rows, hidden_size, intermediate_size)
         yield Problem("mlp", shape, lambda make=make: [make()])
 
 
@@ -36,7 +36,17 @@ def _plain_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, down)
 
 
-def _case(bench: Bench, shape: str, rows: int, hidden_size: int, intermediate_size: int) -> Case:
+def case(
+    bench: Bench,
+    shape: str,
+    rows: int,
+    hidden_size: int,
+    intermediate_size: int,
+    *,
+    name: str = "mlp",
+    limit: str = "read",
+) -> Case:
+    """The MLP of ``rows`` rows, as a line of the benchmark ``name``, held to ``limit``."""
     item = bench.settings.dtype.itemsize
     sets, make_run = bench.cold_graphs(3 * hidden_size * intermediate_size * item)
     x = bench.randn(sets, rows, hidden_size)
@@ -55,7 +65,7 @@ def _case(bench: Bench, shape: str, rows: int, hidden_size: int, intermediate_si
         "autotune": lambda: compiled(mode="max-autotune-no-cudagraphs"),
     }
     return Case(
-        name="mlp",
+        name=name,
         shape=shape,
         dtype=bench.settings.dtype,
         num_bytes=cost.bytes,
@@ -68,4 +78,5 @@ def _case(bench: Bench, shape: str, rows: int, hidden_size: int, intermediate_si
             *bench.peers(peers),
         ],
         make_run=make_run,
+        limit=limit,
     )

@@ -76,6 +76,10 @@ class PlainDecoder(nn.Module):
         rotation = self.rope_table[position]  # [1, rotary_dim // 2, 2]
         for layer in self.layers:
             x = layer(x, rotation, position)
+        return self.unembed(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Norm and head: ``[b, hidden_size]`` to ``[b, vocab_size]`` float32."""
         return F.linear(_norm(x, self.norm, self.config.norm_eps), self.head).float()
 
     def copied(self, attention: str) -> "PlainDecoder":
@@ -92,6 +96,10 @@ class PlainDecoder(nn.Module):
         rotation = self.rope_table[position].double()
         for layer in self.layers:
             x = layer.copied("matmul", torch.float64)(x, rotation, position)
+        return self.unembed_golden(x)
+
+    def unembed_golden(self, x: Tensor) -> Tensor:
+        """``unembed`` in float64, a part of the head at a time."""
         x = _norm(x, self.norm.double(), self.config.norm_eps)
         rows = max(1, GOLDEN_ELEMENTS // self.head.shape[1])
         return torch.cat([F.linear(x, part.double()) for part in self.head.split(rows)], dim=-1)
@@ -137,17 +145,26 @@ class PlainLayer(nn.Module):
             rotation: ``[1, rotary_dim // 2, 2]``, cosine and sine, float32 or wider.
             position: ``[1]`` int64.
         """
+        q, k, v = self.project(x, rotation)  # [b, n, d]
+        self.k_cache[:, :, position] = k[:, :, None]
+        self.v_cache[:, :, position] = v[:, :, None]
+        return self.finish(x, self._attend(q, position))
+
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of ``x``, ``[..., n, head_dim]``, q and k rotated."""
         config = self.config
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         qkv = F.linear(_norm(x, self.sa_norm, config.norm_eps), self.qkv, self.qkv_bias)
-        q, k, v = qkv.unflatten(-1, (-1, config.head_dim)).split(heads, dim=1)  # [b, n, d]
+        q, k, v = qkv.unflatten(-1, (-1, config.head_dim)).split(heads, dim=-2)
         if self.q_norm is not None:
             q = _norm(q, self.q_norm, config.norm_eps)
             k = _norm(k, self.k_norm, config.norm_eps)
-        q, k = self._rotate(q, rotation), self._rotate(k, rotation)
-        self.k_cache[:, :, position] = k[:, :, None]
-        self.v_cache[:, :, position] = v[:, :, None]
-        x = x + F.linear(self._attend(q, position), self.output, self.output_bias)
+        return self._rotate(q, rotation), self._rotate(k, rotation), v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add to ``x`` its attention's output, ``[..., num_heads * head_dim]``, and the MLP's."""
+        config = self.config
+        x = x + F.linear(attended, self.output, self.output_bias)
         gate, up = F.linear(_norm(x, self.mlp_norm, config.norm_eps), self.gate_up).chunk(2, -1)
         return x + F.linear(_ACTIVATIONS[config.hidden_act](gate) * up, self.down)
 
@@ -160,8 +177,8 @@ class PlainLayer(nn.Module):
         return layer
 
     def _rotate(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """Rotate ``x``, ``[b, n, d]``; rounds once."""
-        rotary_dim = 2 * rotation.shape[1]
+        """Rotate ``x``, ``[..., n, d]``; rounds once."""
+        rotary_dim = 2 * rotation.shape[-2]
         cos, sin = rotation.unbind(-1)
         head, rest = x[..., :rotary_dim].to(rotation.dtype), x[..., rotary_dim:]
         if self.config.rope_interleaved:

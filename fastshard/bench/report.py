@@ -23,8 +23,9 @@ HEADER = (
 )
 
 NOTE = (
-    "% limit: of the fastest plain read of as many bytes, as above, under the same timing; "
-    "x peer: times as fast as the best peer; error: relative to float64, (eager PyTorch's)"
+    "% limit: of the fastest plain read, or for norms copy, of as many bytes, as above, under the "
+    "same timing, for prefill of the rate of mma.sync; x peer: times as fast as the best peer; "
+    "error: relative to float64, (eager PyTorch's)"
 )
 
 
@@ -41,11 +42,14 @@ class Line:
         timing: Of one call.
         num_bytes: Least global memory traffic of one call.
         flops: Of one call.
-        limit_us: What reading ``num_bytes`` took at best.
+        limit_us: What the case takes at best by its limit.
         best_peer_us: None where no peer ran.
         error: Relative to float64.
         eager_error: That of eager PyTorch in the same dtype; None where it did not run.
         first_call_seconds: Of the preparation, with compilers, and one call.
+        limit: Which one that is: read, copy or mma.
+        peak_bytes: Most memory that a call took beside its inputs; None where not measured.
+        memory_goal: What it should take at most; None where there is no goal.
     """
 
     case: str
@@ -61,6 +65,9 @@ class Line:
     error: float
     eager_error: float | None
     first_call_seconds: float
+    limit: str = "read"
+    peak_bytes: int | None = None
+    memory_goal: int | None = None
 
     @property
     def gbps(self) -> float:
@@ -89,8 +96,14 @@ class Line:
             f"{self.gbps:>5.0f} {self.tflops:>7.2f} {self.percent_of_limit:>6.1f}% "
             f"{'-' if ratio is None else f'{ratio:.2f}':>6} {self.error:>8.1e} "
             f"{'-' if self.eager_error is None else f'({self.eager_error:.1e})':>9}"
-            f"{f'  first call {first:.1f} s' if first >= 1 else ''}"
+            f"{f'  first call {first:.1f} s' if first >= 1 else ''}{self._memory_text()}"
         )
+
+    def _memory_text(self) -> str:
+        if self.peak_bytes is None:
+            return ""
+        goal = "" if self.memory_goal is None else f" (goal {self.memory_goal / 1e6:.1f})"
+        return f"  peak {self.peak_bytes / 1e6:.1f} MB{goal}"
 
     def to_dict(self) -> dict:
         """Plain values, what is derived included; an error that is no number is None."""
@@ -153,7 +166,7 @@ def describe_environment(device: torch.device) -> dict:
 
 def introduction(environment: dict, limits: dict) -> list[str]:
     """Lines on the device and its limits, to stand above the results."""
-    clock = environment.get("clocks.sm", "unknown clock")
+    clock, mma = environment.get("clocks.sm", "unknown clock"), limits["mma_tflops"]
     return [
         f"{environment['device']}, {environment['multiprocessors']} multiprocessors, {clock}, "
         f"driver {environment.get('driver_version', 'unknown')}",
@@ -161,17 +174,20 @@ def introduction(environment: dict, limits: dict) -> list[str]:
         f"torch {environment['torch']}, cuDNN {environment['cudnn']}, "
         f"triton {environment['triton'] or 'missing'}",
         f"limits: copy {limits['copy_gbps']:.0f} GB/s, graph node {limits['graph_node_us']:.2f} us,"
-        f" matmul {limits['matmul_tflops']:.0f} TFLOP/s; reads as the cases need them",
+        f" matmul {limits['matmul_tflops']:.0f} TFLOP/s, mma.sync "
+        f"{'unknown' if mma is None else f'{mma:.0f} TFLOP/s'}; "
+        "reads and copies as the cases need them",
         *(f"missing: {missing}" for missing in limits["missing"]),
     ]
 
 
-def read_limits(limits: dict) -> list[str]:
-    """A line for each size whose read limit was measured."""
+def traffic_limits(limits: dict) -> list[str]:
+    """A line for each size whose read or copy limit was measured."""
     return [
-        f"{'read':<10} {read['by']:<57} {read['num_bytes'] / 1e6:>8.1f} MB "
-        f"{format_us(read['us']):>10} {read['gbps']:>5.0f} GB/s"
-        for read in limits["read"]
+        f"{kind:<10} {limit['by']:<57} {limit['num_bytes'] / 1e6:>8.1f} MB "
+        f"{format_us(limit['us']):>10} {limit['gbps']:>5.0f} GB/s"
+        for kind in ("read", "copy")
+        for limit in limits[kind]
     ]
 
 

@@ -103,6 +103,16 @@ def num_nodes(num_bytes: int) -> int:
     return max(least, min(MAX_NODES, REPLAY_BYTES // num_bytes))
 
 
+def cold_sets(num_bytes: int, l2_bytes: int) -> tuple[int, int]:
+    """Sets of inputs, and calls of a replay that walks over them: each call finds its set cold.
+
+    Where even ``MAX_NODES`` sets are less than six times the L2, every call of a replay has its own
+    set, and before the replay the L2 is filled with something else.
+    """
+    sets = min(num_sets(num_bytes, l2_bytes), MAX_NODES)
+    return sets, max(sets, num_nodes(num_bytes))
+
+
 def num_calls(seconds: float) -> int:
     """Calls of a burst, where one takes so long."""
     return max(2, min(8, round(BURST_SECONDS / seconds)))
@@ -162,6 +172,18 @@ class Stopwatch:
             torch.cuda.synchronize()
             runs += 1
         return time.perf_counter() - last
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """Memory that ``function`` takes at most on top of what is allocated; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def relative_error(out: Tensor, golden: Tensor) -> float:

@@ -30,7 +30,10 @@ def no_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prefil"], "must be one of attention, linear, mlp, decode, start, got 'prefil'"),
+        (
+            ["prefil"],
+            "must be one of attention, linear, mlp, norm, prefill, decode, start, got 'prefil'",
+        ),
         (["--vs", "eager,jax"], "none, or some of eager, compile, autotune, sdpa, got 'eager,jax'"),
         (["--batch", "0"], "must be a positive integer, got '0'"),
         (["--context", "1k"], "must be a positive integer, got '1k'"),
@@ -132,6 +135,21 @@ def test_default_shapes_are_the_goals():
     ]
     sizes = ("4096 -> 4096", "4096 -> 16384", "2048 -> 128256")
     assert shapes("linear") == [f"{rows} x {size}" for size in sizes for rows in (1, 8, 16)]
+    sizes = ("16384 x 4096", "64 x 4096", "1 x 4096", "1 x 4096, in L2", "65536 x 128")
+    names = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
+    expected = [f"{name} {size}" for name in names for size in (*sizes, "4096 x 16384")]
+    assert shapes("norm") == expected
+    assert shapes("prefill") == [
+        "attn causal 32/8 d128, 2048 tokens",
+        "attn causal 32/8 d128, 8192 tokens",
+        "attn causal 32/8 d64, 2048 tokens",
+        "attn full 32/8 d128, 2048 tokens",
+        "attn mask 32/8 d128, 2048 tokens",
+        "mlp 2048 x 4096 x 14336",
+        "mlp 2048 x 2048 x 8192",
+        "llama-3.1-8b, b1, 2048 tokens",
+        "llama-3.2-1b, b1, 2048 tokens",
+    ]
 
 
 def test_shapes_that_are_asked_for():
@@ -151,13 +169,31 @@ def test_shapes_that_are_asked_for():
         "2 x 896 -> 896",
         "2 x 896 -> 151936",
     ]
+    assert shapes("norm", **model, batches=(2,)) == [
+        f"{name} 2 x 896" for name in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
+    ]
+    assert shapes("norm", batches=(2,))[0] == "rms_norm 2 x 4096"
+    assert shapes("prefill", **model, batches=(2,), contexts=(64,), num_layers=3) == [
+        "attn causal 14/2 d64, 64 tokens, b2",
+        "attn full 14/2 d64, 64 tokens, b2",
+        "attn mask 14/2 d64, 64 tokens, b2",
+        "mlp 128 x 896 x 4864",
+        "qwen2.5-0.5b, 3 layers, b2, 64 tokens",
+    ]
+    assert shapes("prefill", contexts=(64,))[:2] == [
+        "attn causal 32/8 d128, 64 tokens",
+        "attn full 32/8 d128, 64 tokens",
+    ]
 
 
 class Clock:
     """Limits and a stopwatch that measure nothing: a run's time is what it says."""
 
     def read(self, num_bytes):
-        return type("ReadLimit", (), {"us": 5.0})
+        return type("TrafficLimit", (), {"us": 5.0})
+
+    def us(self, limit, num_bytes, flops):
+        return {"read": 5.0, "copy": 4.0, "mma": 3.0}[limit]
 
     def measure(self, runs, rounds=None):
         return {name: Timing(run, run, run, 1) for name, run in runs.items()}
@@ -253,22 +289,40 @@ class CpuRun:
 
     def __call__(self):
         assert self.calls >= 20
-        assert not self._function(0).equal(self._function(1))
+        first, second = (torch.cat([*self._function(i)]) for i in (0, 1))  # of a tensor or a tuple
+        assert not first.equal(second)
+
+
+OURS_AND_EAGER = {"fastshard", "torch eager"}
+SDPA = {"fastshard", "sdpa flash", "sdpa math"}
 
 
 @pytest.mark.parametrize(
-    ("name", "variants"),
+    ("name", "num_shapes", "variants"),
     [
-        ("attention", {"fastshard", "sdpa flash", "sdpa math"}),
-        ("linear", {"fastshard", "torch eager"}),
-        ("mlp", {"fastshard", "torch eager"}),
-        ("decode", {"fastshard persistent", "fastshard eager", "torch eager"}),
+        ("attention", 2, {"": SDPA}),
+        ("linear", 6, {"": OURS_AND_EAGER}),
+        ("mlp", 2, {"": OURS_AND_EAGER}),
+        ("norm", 12, {"": OURS_AND_EAGER}),
+        (
+            "prefill",
+            10,
+            {
+                "attn causal": SDPA,
+                "attn full": SDPA,
+                "attn mask": SDPA - {"sdpa flash"},
+                "mlp": OURS_AND_EAGER,
+                "tiny": OURS_AND_EAGER,
+            },
+        ),
+        ("decode", 4, {"": {"fastshard persistent", "fastshard eager", "torch eager"}}),
     ],
 )
-def test_every_variant_computes_its_case(name, variants, monkeypatch):
+def test_every_variant_computes_its_case(name, num_shapes, variants, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
     monkeypatch.setattr(case, "GraphRun", CpuRun)
+    monkeypatch.setattr(Bench, "hot_graph", lambda bench, call: lambda: call(0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     settings = Settings(models=("tiny",), batches=(1, 3), contexts=(32,), peers=("eager", "sdpa"))
@@ -276,17 +330,24 @@ def test_every_variant_computes_its_case(name, variants, monkeypatch):
     results = list(command._results(command.BENCHMARKS[name](bench), bench))
     lines = [result for result in results if isinstance(result, Line)]
     shapes = {line.shape for line in lines}
-    assert len(shapes) == {"attention": 2, "linear": 6, "mlp": 2, "decode": 4}[name]
+    assert len(shapes) == num_shapes
     for shape in shapes:
-        assert {line.variant for line in lines if line.shape == shape} == variants
+        (expected,) = (of for prefix, of in variants.items() if shape.startswith(prefix))
+        assert {line.variant for line in lines if line.shape == shape} == expected
     for line in lines:
         eps = torch.finfo(torch.bfloat16).eps
-        assert 0 <= line.error < (8 * eps if name == "decode" else eps), line
+        assert 0 <= line.error < (8 * eps if line.shape.startswith("tiny") else eps), line
         assert line.eager_error is not None
         assert line.num_bytes > 0
         assert line.flops > 0
+        assert line.limit == {"norm": "copy", "prefill": "mma"}.get(name, "read")
     skipped = {result.variant for result in results if isinstance(result, Skipped)}
-    expected = {"attention": {"sdpa cudnn", "sdpa efficient"}, "decode": {"fastshard graph"}}
+    not_on_a_cpu = {"sdpa cudnn", "sdpa efficient"}
+    expected = {
+        "attention": not_on_a_cpu,
+        "prefill": not_on_a_cpu,
+        "decode": {"fastshard graph"},
+    }
     assert skipped == expected.get(name, set())
 
 
@@ -297,10 +358,11 @@ def test_a_short_run_on_a_gpu(tmp_path, capsys):
     path = tmp_path / "x.json"
     arguments = ["--model", "qwen2.5-0.5b", "--layers", "2", "--context", "1024", "--batch", "1"]
     arguments += ["--vs", "eager,sdpa", "--rounds", "5", "--json", str(path)]
-    assert bench("attention", "linear", "mlp", "decode", *arguments) == 0, capsys.readouterr().err
+    names = ("attention", "linear", "mlp", "norm", "prefill", "decode")
+    assert bench(*names, *arguments) == 0, capsys.readouterr().err
     content = json.loads(path.read_text())
     ours = [line for line in content["lines"] if not line["is_peer"]]
-    assert {line["case"] for line in ours} == {"attention", "linear", "mlp", "decode"}
+    assert {line["case"] for line in ours} == set(names)
     for line in content["lines"]:
         assert 0 < line["percent_of_limit"] < 150, line
         if "greedy" in line["shape"]:  # near ties: another token may be chosen, almost as likely

@@ -28,6 +28,14 @@ LINE = Line(
 SKIPPED = Skipped("mlp", "torch compile", "1 x 4096, intermediate 14336", "no triton")
 
 
+def test_memory_and_its_goal():
+    measured = dataclasses.replace(LINE, peak_bytes=93_250_000)
+    assert measured.text().endswith("  peak 93.2 MB")
+    measured = dataclasses.replace(measured, memory_goal=92_300_000)
+    assert measured.text().endswith("  peak 93.2 MB (goal 92.3)")
+    assert dataclasses.replace(LINE, memory_goal=92_300_000).text() == LINE.text()
+
+
 def test_derived_figures():
     assert LINE.gbps == pytest.approx(4404.02, abs=0.01)
     assert LINE.tflops == pytest.approx(4.40402, abs=1e-5)
@@ -110,17 +118,24 @@ def test_introduction_says_what_ran_and_what_is_missing():
         "copy_gbps": 4251.4,
         "graph_node_us": 1.16,
         "matmul_tflops": 780.2,
+        "mma_tflops": None,
         "missing": ["the Triton read kernel: No module named 'triton'"],
     }
     lines = report.introduction(environment, limits)
     assert lines[0] == "NVIDIA H200, 132 multiprocessors, 1980 MHz, driver 580.1"
     assert lines[1].startswith("fastshard 0.1.0 (compute_86 (PTX)), torch 2.11.0, cuDNN 91002")
     assert lines[1].endswith("triton missing")
-    assert "copy 4251 GB/s, graph node 1.16 us, matmul 780 TFLOP/s" in lines[2]
+    assert "copy 4251 GB/s, graph node 1.16 us, matmul 780 TFLOP/s, mma.sync unknown" in lines[2]
+    (line,) = report.introduction(environment, limits | {"mma_tflops": 620.6, "missing": []})[2:]
+    assert "matmul 780 TFLOP/s, mma.sync 621 TFLOP/s; reads" in line
     assert lines[3] == "missing: the Triton read kernel: No module named 'triton'"
 
 
-def test_a_line_for_each_read_limit():
+def test_a_line_for_each_traffic_limit():
     reads = [{"num_bytes": 33_554_432, "us": 9.41, "gbps": 3565.8, "by": "triton 2048x1, 4 warps"}]
-    (line,) = report.read_limits({"read": reads})
-    assert " ".join(line.split()) == "read triton 2048x1, 4 warps 33.6 MB 9.41 us 3566 GB/s"
+    copies = [{"num_bytes": 268_000_000, "us": 64.0, "gbps": 4187.5, "by": "torch copy"}]
+    lines = report.traffic_limits({"read": reads, "copy": copies})
+    assert [" ".join(line.split()) for line in lines] == [
+        "read triton 2048x1, 4 warps 33.6 MB 9.41 us 3566 GB/s",
+        "copy torch copy 268.0 MB 64.00 us 4188 GB/s",
+    ]

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from fastshard.bench.timing import Timing, num_calls, num_nodes, num_sets, relative_error
+from fastshard.bench.timing import (
+    MAX_NODES,
+    Timing,
+    cold_sets,
+    num_calls,
+    num_nodes,
+    num_sets,
+    peak_bytes,
+    relative_error,
+)
 from helpers import CUDA_ONLY
 
 MIB = 2**20
@@ -34,6 +43,20 @@ def test_a_graph_reads_two_gigabytes(num_bytes, nodes):
 
 
 @pytest.mark.parametrize(
+    ("num_bytes", "l2_bytes", "sets", "calls"),
+    [
+        (1000, 60 * MIB, MAX_NODES, MAX_NODES),
+        (4 * MIB, 60 * MIB, 90, 256),
+        (32 * MIB, 60 * MIB, 12, 59),
+        (32 * MIB, 512 * MIB, 96, 96),
+        (10**10, 60 * MIB, 1, 4),
+    ],
+)
+def test_each_call_finds_its_inputs_cold(num_bytes, l2_bytes, sets, calls):
+    assert cold_sets(num_bytes, l2_bytes) == (sets, calls)
+
+
+@pytest.mark.parametrize(
     ("seconds", "calls"), [(1e-4, 8), (0.001, 8), (0.002, 5), (0.004, 2), (0.5, 2)]
 )
 def test_a_burst_is_ten_milliseconds(seconds, calls):
@@ -51,6 +74,36 @@ def test_the_read_kernel_reads_everything(device, num_programs):
     difference = sums[:used].sum() - x.sum()  # int64 of sums that wrapped at 32 bits
     assert difference.item() % 2**32 == 0
     assert sums[used:].eq(7).all()
+
+
+@CUDA_ONLY
+def test_the_mma_kernel_multiplies(device):
+    mma_kernel = pytest.importorskip("fastshard.bench.mma_kernel", exc_type=ImportError)
+    words = torch.randint(-4, 5, (6, 2 * 64), device=device).bfloat16()  # small: sums are exact
+    sums = torch.full((3, 64), torch.nan, device=device)
+    flops = mma_kernel.multiply(words.view(torch.int32), sums, 5, 2)
+    assert flops == 2 * 2 * 5 * mma_kernel.CHAINS * 2 * 16 * 16 * 8
+    # Fragments of m16n8k16: of lane l row l // 4 and columns 2 * (l % 4) and the next of a quarter.
+    parts = words.view(6, 2, 8, 8).double()
+    left = torch.cat([parts[[0, 2]].movedim(0, 2), parts[[1, 3]].movedim(0, 2)], 1).flatten(2)
+    right = parts[[4, 5]].movedim(0, 2).flatten(2)
+    expected = (left @ right.mT).sum((1, 2)) * 5 * mma_kernel.CHAINS
+    for block in range(2):
+        assert sums[block].view(2, 32).double().sum(1).equal(expected)
+    assert sums[2].isnan().all()
+
+
+def test_peak_memory_is_that_of_a_gpu():
+    assert peak_bytes(lambda: torch.empty(100), torch.device("cpu")) is None
+
+
+@CUDA_ONLY
+def test_peak_memory_is_what_a_call_adds(device):
+    held = torch.empty(4 * MIB, device=device)
+    assert (
+        peak_bytes(lambda: [torch.empty(2 * MIB, device=device) for _ in "ab"], device) == 16 * MIB
+    )
+    assert peak_bytes(lambda: held.add_(1), device) == 0
 
 
 def test_relative_error_by_hand():
