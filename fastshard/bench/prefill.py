@@ -5,7 +5,7 @@ Of a whole model every variant computes the logits of the last position only, an
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -95,12 +95,13 @@ def _model_case(bench: Bench, shape: str, name: str, batch: int, num_tokens: int
     model = random_model(config, batch, num_tokens, bench.device, settings.dtype)
     plain = PlainPrefill(PlainDecoder(model.model, batch, num_tokens))
     tokens = torch.randint(config.vocab_size, (batch, num_tokens), device=bench.device)
+    backend = cache(partial(_fastest_backend, bench, config, batch, num_tokens))
 
     def ours(index: int) -> Tensor:
         return model.generate(tokens, num_logits=1)[1][:, 0]
 
     def peer(kind: str) -> Call:
-        peer = plain.using(_fastest_backend(bench, config, batch, num_tokens))
+        peer = plain.using(backend())
         function = peer if kind == "eager" else bench.compiled(peer)
 
         @torch.no_grad()

@@ -55,6 +55,11 @@ def case(
     if mask is not None:
         del peers["flash"]  # takes none
     asked = bench.settings.peers
+    variants = [Variant("fastshard", lambda: ours, is_peer=False)]
+    if "sdpa" in asked:
+        variants += [Variant(f"sdpa {name}", peers[name]) for name in peers]
+    if "compile" in asked:
+        variants.append(Variant("torch flex", partial(_flex, bench, q, k, v, mask, is_causal)))
     return Case(
         name="prefill",
         shape=shape,
@@ -62,15 +67,7 @@ def case(
         num_bytes=cost.bytes,
         flops=cost.flops,
         golden=lambda: golden(q[0], k[0], v[0], mask, is_causal, rows),
-        variants=[
-            Variant("fastshard", lambda: ours, is_peer=False),
-            *(Variant(f"sdpa {name}", peers[name]) for name in peers if "sdpa" in asked),
-            *(
-                Variant("torch flex", partial(_flex, bench, q, k, v, mask, is_causal))
-                for peer in asked
-                if peer == "compile"
-            ),
-        ],
+        variants=variants,
         make_run=make_run,
         baseline="sdpa math",
         compared=lambda out: out[:, rows],
