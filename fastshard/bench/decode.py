@@ -203,7 +203,7 @@ def own_step(model: ShardedGeneralModel, mode: str, batch: int, context: int) ->
     if mode == "eager":
         return shard_step.by_layers
     launch = shard_step.persistent if mode == "persistent" else shard_step.by_layers
-    return _captured(launch, batch, model.device) if model.device.type == "cuda" else launch
+    return Captured(launch, batch, model.device) if model.device.type == "cuda" else launch
 
 
 class Generating:
@@ -238,18 +238,19 @@ class Generating:
         return tokens
 
 
-def _captured(step: Step, batch: int, device: torch.device) -> Step:
-    """``step`` in a CUDA graph."""
-    tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-    with torch.no_grad():
-        step(tokens)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step(tokens)
+class Captured:
+    """``step`` in a CUDA graph. It is held: the graph reads and writes its buffers."""
 
-    def replay(given: Tensor) -> Tensor:
-        tokens.copy_(given)
-        graph.replay()
-        return logits
+    def __init__(self, step: Step, batch: int, device: torch.device):
+        self._step = step
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad():
+            step(self.tokens)
+            with torch.cuda.graph(self.graph):
+                self._logits = step(self.tokens)
 
-    return replay
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self._logits

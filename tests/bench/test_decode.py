@@ -1,14 +1,19 @@
 """Bytes and operations of a decode step by hand; our modes compute what the peers compute."""
 
 import dataclasses
+import gc
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from fastshard.bench import decode
 from fastshard.bench.case import Unavailable
 from fastshard.bench.decode import Generating, decode_bytes, decode_flops, own_step, random_model
 from fastshard.bench.plain_decoder import PlainDecoder
 from fastshard.bench.presets import preset
+from fastshard.decode.shard_step import ShardStep
 
 
 def test_bytes_of_the_1b_model():
@@ -64,6 +69,30 @@ def test_our_step_is_the_peers_step(model, mode):
     step = own_step(model, mode, 2, 16)
     torch.testing.assert_close(step(TOKENS), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(step(TOKENS), expected, rtol=1e-4, atol=1e-4)  # at the same slot
+
+
+def test_a_captured_step_is_held_with_its_buffers(model, monkeypatch):
+    class Graph:  # as much of a CUDA graph as there is without a GPU
+        replays = 0
+
+        def replay(self):
+            self.replays += 1
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    slots = torch.full((2,), 15)
+    shard_step = ShardStep(model, slots, slots, slots + 1, None)
+    held = weakref.ref(shard_step)
+    captured = decode.Captured(shard_step.persistent, 2, torch.device("cpu"))
+    del shard_step
+    gc.collect()
+    assert held() is not None
+    captured(TOKENS)
+    assert captured.graph.replays == 1
+    assert captured.tokens.tolist() == TOKENS.tolist()
+    del captured
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("mode", ["persistent", "eager"])
