@@ -73,10 +73,11 @@ struct DecodePlan {
     for (int i = 0; i < kDecodeProducts; ++i) {
       const DecodeProduct product = static_cast<DecodeProduct>(i);
       const int out_features = out_features_of(p, product), in_features = in_features_of(p, product);
-      segments[i] = whole_rows(out_features, in_features);
+      segments[i] = whole_rows(out_features, in_features, p.num_tokens);
       if (product == DecodeProduct::kDown) {
         const int chunk = first_chunk(first_part);
-        segments[i] = every_tile(index, count, out_features, chunk, first_chunk(first_part + 1) - chunk);
+        segments[i] = every_tile(index, count, out_features, chunk, first_chunk(first_part + 1) - chunk,
+                                 group_tiles(p.num_tokens));
       }
       num_runs[i] = fastshard::num_runs(segments[i]);
       if (product == DecodeProduct::kDown) num_runs[i] *= end_part - first_part;

@@ -88,14 +88,12 @@ __device__ __forceinline__ uint32_t load_pair(const void* vector, int n) {
 // multiply() gives it, of whole_rows. All lanes of a warp take part in each call.
 template <typename Each>
 __device__ __forceinline__ void for_own_pairs(const DecodeStepParams& p, Each each) {
-  const Segment rows = whole_rows(p.hidden_size, 1);
-  const int token = threadIdx.x / 4 % kDecodeMaxTokens;
+  const Segment rows = whole_rows(p.hidden_size, 1, p.num_tokens);
+  const SumSlot slot(p.num_tokens);
 #pragma unroll 1
-  for (int first = 0; first < rows.tiles; first += kGroupTiles) {
-    const int index = first + threadIdx.x / (4 * kDecodeMaxTokens), tile = rows.tile(index);
-    if (index < first + kGroupTiles) {
-      each(index < rows.tiles && token < p.num_tokens, tile, token, kTileRows * tile + 2 * (threadIdx.x % 4));
-    }
+  for (int first = 0; first < rows.tiles; first += rows.group_tiles) {
+    const int index = first + slot.tile, tile = rows.tile(index);
+    each(index < rows.tiles && slot.token < p.num_tokens, tile, slot.token, kTileRows * tile + 2 * (threadIdx.x % 4));
   }
 }
 

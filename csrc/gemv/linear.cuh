@@ -118,7 +118,7 @@ __device__ __forceinline__ void normalize(Activations& x, const LinearParams& p,
 template <typename T>
 __global__ __launch_bounds__(kStreamThreads, 1) void linear_kernel(const __grid_constant__ LinearParams p) {
   FS_SHARED_STORAGE(LinearStorage<T>, smem);
-  const Segment segment = whole_rows(p.out_features, p.in_features);
+  const Segment segment = whole_rows(p.out_features, p.in_features, p.num_tokens);
   LinearSchedule<T> schedule(p, segment);
   WeightStream<T, kLinearStages, LinearSchedule<T>> stream(smem.queue, schedule);
 

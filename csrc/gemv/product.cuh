@@ -5,7 +5,7 @@
 // same columns of its token, as both operands may permute k alike. Up to 8 tokens fill only half of the 16 rows of the
 // A operand, so the other half takes other columns: rows 0..7 hold columns 8t..8t+3, rows 8..15 columns 8t+4..8t+7 of
 // the same tokens; each product's own half of the sums is right, and the halves are added at the end.
-// A warp's activations stay in registers while the block's tiles pass by. The warps' sums of kGroupTiles tiles meet in
+// A warp's activations stay in registers while the block's tiles pass by. The warps' sums of a group of tiles meet in
 // shared memory, where one thread adds up two neighbouring outputs of one token.
 #pragma once
 #include "common/vec.cuh"
@@ -21,7 +21,7 @@ template <typename T>
 union alignas(16) WarpStorage {
   // in the order of Activations::set; 64 bytes more than the columns, so that two rows differ in their banks
   T staged[kStagedTokens][kSliceChunks * kWarpColumns + 32];
-  float2 sums[kGroupTiles][kProductTokens][4];  // outputs 2t and 2t + 1 of a tile
+  float2 sums[kGroupSums][4];  // of a tile and a token, as SumSlot says: outputs 2t and 2t + 1
 };
 
 template <typename T>
@@ -56,6 +56,16 @@ struct Activations {
   }
 };
 
+// Whose sums a thread adds up: two outputs of a tile of the group, of a token.
+struct SumSlot {
+  int tile, token;
+
+  __device__ __forceinline__ explicit SumSlot(int num_tokens)
+      : tile(int(threadIdx.x) / 4 >> token_shift(num_tokens)),
+        token(threadIdx.x / 4 & ((1 << token_shift(num_tokens)) - 1)) {}
+};
+static_assert(kStreamThreads == 4 * kGroupSums);
+
 // The tiles of a group, kChunks chunks of each.
 template <int kChunks, typename T, typename Stream>
 __device__ __forceinline__ void multiply_tiles(Stream& stream, const Activations& x, WarpStorage<T>& storage, int tiles,
@@ -78,8 +88,9 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, const Activations
     }
     if (lane / 4 < num_tokens) {
       // Of sums 0 and 2 rows 0..7 are right, of 1 and 3 rows 8..15.
-      storage.sums[tile][lane / 4][lane % 4] = make_float2(sums[0][0] + sums[2][0] + (sums[1][2] + sums[3][2]),
-                                                           sums[0][1] + sums[2][1] + (sums[1][3] + sums[3][3]));
+      storage.sums[tile << token_shift(num_tokens) | lane / 4][lane % 4] =
+          make_float2(sums[0][0] + sums[2][0] + (sums[1][2] + sums[3][2]),
+                      sums[0][1] + sums[2][1] + (sums[1][3] + sums[3][3]));
     }
   }
 }
@@ -95,18 +106,17 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, const Activations
 template <typename T, typename Stream, typename Load, typename Begin, typename Finish>
 __device__ __forceinline__ void multiply(Stream& stream, ProductStorage<T>& storage, const Segment& segment,
                                          int out_features, int num_tokens, Load load, Begin begin, Finish finish) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int out_token = lane / 4, out_tile = warp;  // of this thread's outputs
-  static_assert(kGroupTiles == kStreamWarps);
+  const int warp = threadIdx.x / 32;
+  const SumSlot slot(num_tokens);
   const int last_chunk = segment.first_chunk + segment.chunks;
 
   Activations x = {};  // so that the compiler sees no earlier values live on
 #pragma unroll 1
-  for (int group = 0; group < segment.tiles; group += kGroupTiles) {
-    const int tiles = min(kGroupTiles, segment.tiles - group);
-    const int n = kTileRows * segment.tile(group + out_tile) + 2 * (lane % 4);
-    const bool valid = out_tile < tiles && out_token < num_tokens && n < out_features;
-    const auto kept = begin(valid, out_token, n);
+  for (int group = 0; group < segment.tiles; group += segment.group_tiles) {
+    const int tiles = min(segment.group_tiles, segment.tiles - group);
+    const int n = kTileRows * segment.tile(group + slot.tile) + 2 * (threadIdx.x % 4);
+    const bool valid = slot.tile < tiles && slot.token < num_tokens && n < out_features;
+    const auto kept = begin(valid, slot.token, n);
 
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll 1
@@ -124,13 +134,13 @@ __device__ __forceinline__ void multiply(Stream& stream, ProductStorage<T>& stor
       if (valid) {
 #pragma unroll
         for (int w = 0; w < kStreamWarps; ++w) {
-          const float2 part = storage[w].sums[out_tile][out_token][lane % 4];
+          const float2 part = storage[w].sums[threadIdx.x / 4][threadIdx.x % 4];
           sum.x += part.x, sum.y += part.y;
         }
       }
       ptx::bar_sync(1, kStreamThreads);
     }
-    finish(kept, valid, out_token, n, sum.x, sum.y);
+    finish(kept, valid, slot.token, n, sum.x, sum.y);
   }
 }
 

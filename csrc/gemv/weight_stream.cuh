@@ -22,14 +22,21 @@ constexpr int kChunkBytes = kTileRows * kChunkColumns * 2;
 constexpr int kWarpColumns = kChunkColumns / kStreamWarps;  // of a chunk
 constexpr int kChunkSteps = kWarpColumns / 32;              // steps of 32 columns that a warp has of a chunk
 constexpr int kSliceChunks = 4;                             // whose activations a warp holds in registers at a time
-constexpr int kGroupTiles = 8;                              // whose sums meet in shared memory together
+constexpr int kGroupSums = 64;                              // tiles times tokens whose sums meet in shared memory
 constexpr int kStreamMaxStride = 1 << 28;                   // of a matrix: offsets within a tile are 32 bits
 
-// What one block does of one matrix: `tiles` tiles of 8 rows, the same chunks of each. Groups of kGroupTiles tiles; in
+// Tiles of a group: as many as there is room for the sums of that many tokens, at most 8, rounded up to a power of two.
+__host__ __device__ constexpr int token_shift(int num_tokens) {
+  return num_tokens <= 1 ? 0 : num_tokens <= 2 ? 1 : num_tokens <= 4 ? 2 : 3;
+}
+__host__ __device__ constexpr int group_tiles(int num_tokens) { return kGroupSums >> token_shift(num_tokens); }
+
+// What one block does of one matrix: `tiles` tiles of 8 rows, the same chunks of each. Groups of group_tiles tiles; in
 // a group, slices of kSliceChunks chunks; in a slice, tile by tile; in a tile, chunk by chunk.
 struct Segment {
   int first_tile, tile_step, tiles;
   int first_chunk, chunks;
+  int group_tiles;
 
   __device__ int tile(int index) const { return first_tile + index * tile_step; }
 };
@@ -38,13 +45,14 @@ __host__ __device__ inline int num_tiles(int out_features) { return (out_feature
 __host__ __device__ inline int num_chunks(int in_features) { return (in_features + kChunkColumns - 1) / kChunkColumns; }
 
 // Tiles index, index + count, ... of a matrix.
-__device__ __forceinline__ Segment every_tile(int index, int count, int out_features, int first_chunk, int chunks) {
+__device__ __forceinline__ Segment every_tile(int index, int count, int out_features, int first_chunk, int chunks,
+                                               int group_tiles) {
   const int tiles = num_tiles(out_features);
-  return {index, count, index < tiles ? (tiles - index + count - 1) / count : 0, first_chunk, chunks};
+  return {index, count, index < tiles ? (tiles - index + count - 1) / count : 0, first_chunk, chunks, group_tiles};
 }
 
-__device__ __forceinline__ Segment whole_rows(int out_features, int in_features) {
-  return every_tile(blockIdx.x, gridDim.x, out_features, 0, num_chunks(in_features));
+__device__ __forceinline__ Segment whole_rows(int out_features, int in_features, int num_tokens) {
+  return every_tile(blockIdx.x, gridDim.x, out_features, 0, num_chunks(in_features), group_tiles(num_tokens));
 }
 
 // Tiles of a segment, one after another, with one slice of each: what a stream fetches without looking up.
@@ -58,19 +66,19 @@ struct alignas(16) Run {
 // A segment is one run, unless its rows are longer than a slice.
 __device__ __forceinline__ int num_runs(const Segment& s) {
   if (s.tiles == 0 || s.chunks <= kSliceChunks) return s.tiles > 0;
-  return (s.tiles + kGroupTiles - 1) / kGroupTiles * ((s.chunks + kSliceChunks - 1) / kSliceChunks);
+  return (s.tiles + s.group_tiles - 1) / s.group_tiles * ((s.chunks + kSliceChunks - 1) / kSliceChunks);
 }
 
 // In the order of multiply(). stride: from row to row, at most kStreamMaxStride.
 __device__ __forceinline__ Run run_of(const Segment& s, int out_features, int in_features, int stride, int index) {
   const int slices = (s.chunks + kSliceChunks - 1) / kSliceChunks;
-  const int group = index / slices * kGroupTiles, chunk = index % slices * kSliceChunks;
+  const int group = index / slices * s.group_tiles, chunk = index % slices * kSliceChunks;
   const int row = kTileRows * s.tile(group), column = (s.first_chunk + chunk) * kChunkColumns;
   Run run;
   run.offset = int64_t(row) * stride + column, run.stride = stride;
   run.columns = in_features - column, run.chunks = min(kSliceChunks, s.chunks - chunk);
   run.rows = out_features - row, run.row_step = kTileRows * s.tile_step;
-  run.tiles = slices == 1 ? s.tiles : min(kGroupTiles, s.tiles - group);
+  run.tiles = slices == 1 ? s.tiles : min(s.group_tiles, s.tiles - group);
   return run;
 }
 

@@ -149,8 +149,8 @@ MUTANTS = [
         "linear: writes past the last output",
         "linear",
         "gemv/product.cuh",
-        "out_token < num_tokens && n < out_features;",
-        "out_token < num_tokens;",
+        "slot.token < num_tokens && n < out_features;",
+        "slot.token < num_tokens;",
     ),
     Mutant(
         "linear: copies weights past the end of a row",
@@ -461,7 +461,7 @@ MUTANTS = [
         "decode: a run does not end with the group",
         "decode_tokens",
         "gemv/weight_stream.cuh",
-        "slices == 1 ? s.tiles : min(kGroupTiles, s.tiles - group)",
+        "slices == 1 ? s.tiles : min(s.group_tiles, s.tiles - group)",
         "s.tiles",
     ),
     Mutant(
@@ -496,8 +496,8 @@ MUTANTS = [
         "decode: writes past the last output",
         "decode_tokens",
         "gemv/product.cuh",
-        " && out_token < num_tokens && n < out_features;",
-        " && out_token < num_tokens;",
+        " && slot.token < num_tokens && n < out_features;",
+        " && slot.token < num_tokens;",
     ),
     Mutant(
         "decode: activations are taken before they are written",
