@@ -5,7 +5,7 @@ namespace fastshard {
 
 template <typename T>
 void layer_norm(const LayerNormParams& p, cudaStream_t stream) {
-  with_row_config<T>("layer_norm", p.rows, [&](auto config) {
+  with_row_config<T, row_detail::Narrow>("layer_norm", p.rows, [&](auto config) {
     using Config = decltype(config);
     const auto kernel = p.rows.residual ? layer_norm_kernel<T, Config, true> : layer_norm_kernel<T, Config, false>;
     launch_kernel<RowSharedStorage<Config>>(kernel, row_grid<Config>(p.rows), Config::kThreads, stream, p);

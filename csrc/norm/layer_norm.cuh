@@ -1,7 +1,7 @@
 // LayerNorm: out[t, h] = (x[t, h] - mean) * rsqrt(var + eps) * weight[h] + bias[h], of x or of x + residual
 //
 // One CTA per token; for short rows a part of a warp (row.cuh). The row is read once into registers; the variance is
-// summed about the mean in a second pass over them, so that a large mean costs no digits.
+// summed about means, in a second pass over them, so that a large mean costs no digits.
 // Floor: 2 * hidden_size * sizeof(T) bytes of HBM traffic per token, 4 * with the residual.
 #pragma once
 #include "norm/layer_norm.h"
@@ -16,9 +16,9 @@ __global__ __launch_bounds__(Config::kThreads) void layer_norm_kernel(const Laye
   Vec<T> x[Config::kVecsPerThread];
   row.template load_sum<kAdd>(x, p.rows);
 
-  const float mean = row.sum(x, smem, [](float v) { return v; }) / p.rows.hidden_size;
-  const float sum_sq = row.sum(x, smem, [&](float v) { return (v - mean) * (v - mean); });
-  const float rstd = 1.f / sqrtf(sum_sq / p.rows.hidden_size + p.eps);  // rsqrtf may be 2 ulp off
+  const Moments moments = row.moments(x, smem);
+  const float mean = moments.mean;
+  const float rstd = inverse_sqrt(moments.squares / p.rows.hidden_size + p.eps);
 
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);

@@ -17,7 +17,7 @@ __global__ __launch_bounds__(Config::kThreads) void rms_norm_kernel(const RmsNor
   row.load(weight, static_cast<const T*>(p.weight));  // in flight during the sum
 
   const float sum_sq = row.sum(x, smem, [](float v) { return v * v; });
-  const float rstd = 1.f / sqrtf(sum_sq / p.rows.hidden_size + p.eps);  // rsqrtf may be 2 ulp off
+  const float rstd = inverse_sqrt(sum_sq / p.rows.hidden_size + p.eps);
 
   // The reference in fastshard/ops/norm.py rounds in the same places.
   row.store(x, p.rows, [&](int i, int j, float v) {

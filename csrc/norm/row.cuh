@@ -18,12 +18,19 @@ struct RowConfig {
   static constexpr int kThreads = kThreadsPerRow * kRowsPerBlock;
   static constexpr int kMaxRowBytes = kThreadsPerRow * kVecsPerThread * 16;
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);
-  static_assert(kThreadsPerRow <= 32 || kRowsPerBlock == 1, "a row is summed by lanes of one warp or by the block");
+  static_assert(kThreadsPerRow <= 32 || (kRowsPerBlock == 1 && kThreads % 128 == 0),
+                "a row is summed by lanes of one warp, or by the block: four warps' sums are one vector");
 };
 
+struct alignas(16) Moments {  // of `count` elements
+  float count, sum, mean, squares;  // squares: of what they differ from their mean
+};
+
+// Used once: no barrier guards a second use.
 template <typename Config>
 struct RowSharedStorage {
-  float warp_sums[Config::kThreads / 32];
+  Vec<float> sums[(Config::kThreads + 127) / 128];  // of each warp
+  Moments moments[Config::kThreads / 32];           // of each warp
 };
 
 // One thread's part of a row: vector i is elements [offset(i), offset(i) + Vec<T>::kSize), valid where inside(i).
@@ -70,21 +77,44 @@ struct Row {
     }
   }
 
-  // Sum over the row of f(element), in float; every thread of the row gets it.
+  // Sum over the row of f(element), in float; every thread of the row gets it. One barrier: every thread adds up the
+  // sums of the warps by itself.
   template <typename F>
   __device__ float sum(const Vecs& vecs, RowSharedStorage<Config>& smem, F f) const {
+    const float warp_sum = sum_of_warp(vecs, f);
+    if constexpr (Config::kThreadsPerRow <= 32) return warp_sum;
+    if (threadIdx.x % 32 == 0) smem.sums[threadIdx.x / 128][threadIdx.x / 32 % 4] = warp_sum;
+    __syncthreads();
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      if (!inside(i)) break;
-#pragma unroll
-      for (int j = 0; j < Vec<T>::kSize; ++j) sum += f(to_float(vecs[i][j]));
+    for (int i = 0; i < Config::kThreads / 128; ++i) {
+      const Vec<float> sums = smem.sums[i];
+      sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
-    if constexpr (Config::kThreadsPerRow <= 32) {
-      return warp_reduce_sum<Config::kThreadsPerRow>(sum);
-    } else {
-      return block_reduce_sum<Config::kThreads>(sum, smem.warp_sums);
+    return sum;
+  }
+
+  // Count, sum, mean and squares about the mean of the row; every thread of the row gets them. The squares are summed
+  // about the mean of each warp's part first: a large mean costs no digits, and one barrier is enough.
+  __device__ Moments moments(const Vecs& vecs, RowSharedStorage<Config>& smem) const {
+    Moments part;
+    part.count = float(count_of_warp());
+    part.sum = sum_of_warp(vecs, [](float v) { return v; });
+    part.mean = part.sum / fmaxf(part.count, 1.f);
+    part.squares = sum_of_warp(vecs, [&](float v) { return (v - part.mean) * (v - part.mean); });
+    if constexpr (Config::kThreadsPerRow <= 32) return part;
+    if (threadIdx.x % 32 == 0) smem.moments[threadIdx.x / 32] = part;
+    __syncthreads();
+    Moments all{float(hidden_size), 0.f, 0.f, 0.f};
+#pragma unroll 4
+    for (int i = 0; i < Config::kThreads / 32; ++i) all.sum += smem.moments[i].sum;
+    all.mean = all.sum / all.count;
+#pragma unroll 4
+    for (int i = 0; i < Config::kThreads / 32; ++i) {
+      const float shift = smem.moments[i].mean - all.mean;
+      all.squares += smem.moments[i].squares + smem.moments[i].count * shift * shift;
     }
+    return all;
   }
 
   // Write f(i, j, element) to the row of out.
@@ -100,14 +130,50 @@ struct Row {
       store_vec(out + offset(i), y);
     }
   }
+
+ private:
+  static constexpr int kLanes = Config::kThreadsPerRow < 32 ? Config::kThreadsPerRow : 32;  // of a warp, in one row
+
+  // Sum of f(element) over what these lanes hold of the row.
+  template <typename F>
+  __device__ float sum_of_warp(const Vecs& vecs, F f) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (!inside(i)) break;
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) sum += f(to_float(vecs[i][j]));
+    }
+    return warp_reduce_sum<kLanes>(sum);
+  }
+
+  // Elements that these lanes hold of the row.
+  __device__ int count_of_warp() const {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int first = (i * Config::kThreadsPerRow + lane / kLanes * kLanes) * Vec<T>::kSize;
+      count += min(max(hidden_size - first, 0), kLanes * Vec<T>::kSize);
+    }
+    return count;
+  }
 };
+
+// 1 / sqrt(x) to 1 ulp, where rsqrtf may be 2 off, by one step of Newton's.
+__device__ __forceinline__ float inverse_sqrt(float x) {
+  const float y = rsqrtf(x);
+  if (!(x > 0.f && y > 0.f)) return y;  // 0 gives infinity, and infinity 0
+  return y * fmaf(-0.5f * x * y, y, 1.5f);
+}
 
 namespace row_detail {
 
 using HalfWarp = RowConfig<16, 8, 1>;  // rows up to 256 bytes: a head of 128 in 16 bit
 using Warp = RowConfig<32, 4, 1>;      // 512 bytes
 using Small = RowConfig<128, 1, 1>;    // 2 KiB
+using Middle = RowConfig<128, 1, 2>;   // 4 KiB: hidden_size 2048 in 16 bit
 using Medium = RowConfig<256, 1, 2>;   // 8 KiB: hidden_size 4096 in 16 bit
+using Narrow = RowConfig<128, 1, 4>;   // the same in fewer threads, where what lies between loads and stores is long
 using Large = RowConfig<512, 1, 4>;    // 32 KiB
 using Huge = RowConfig<1024, 1, 4>;    // 64 KiB: hidden_size 16384 in fp32
 static_assert(Huge::kMaxRowBytes == kMaxRowBytes);
@@ -115,14 +181,17 @@ static_assert(Huge::kMaxRowBytes == kMaxRowBytes);
 }  // namespace row_detail
 
 // Calls launch(config) with the smallest configuration that holds a row of T in registers; nothing for no rows.
-template <typename T, typename Launch>
+// Medium: the one for 8 KiB.
+template <typename T, typename Medium = row_detail::Medium, typename Launch>
 void with_row_config(const char* kernel, const NormRows& rows, Launch launch) {
-  using namespace row_detail;
+  using row_detail::HalfWarp, row_detail::Warp, row_detail::Small, row_detail::Middle, row_detail::Large;
+  using row_detail::Huge;
   if (rows.num_tokens == 0) return;  // an empty grid is a launch error
   const int64_t row_bytes = int64_t(rows.hidden_size) * int64_t(sizeof(T));
   if (row_bytes <= HalfWarp::kMaxRowBytes) return launch(HalfWarp{});
   if (row_bytes <= Warp::kMaxRowBytes) return launch(Warp{});
   if (row_bytes <= Small::kMaxRowBytes) return launch(Small{});
+  if (row_bytes <= Middle::kMaxRowBytes) return launch(Middle{});
   if (row_bytes <= Medium::kMaxRowBytes) return launch(Medium{});
   if (row_bytes <= Large::kMaxRowBytes) return launch(Large{});
   if (row_bytes <= Huge::kMaxRowBytes) return launch(Huge{});

@@ -51,16 +51,43 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "block_reduce: no barrier before the sums of the warps are read",
-        "norm",
+        "sample",
         "common/reduce.cuh",
         "  if (lane == 0) scratch[warp] = v;\n  __syncthreads();\n",
         "  if (lane == 0) scratch[warp] = v;\n",
     ),
     Mutant(
         "block_reduce: no barrier after the sums of the warps are read",
-        "norm",
+        "sample",
         "common/reduce.cuh",
         "  __syncthreads();  // a second call may overwrite scratch\n",
+    ),
+    Mutant(
+        "norm: no barrier before the sums of the warps are read",
+        "norm",
+        "norm/row.cuh",
+        "    __syncthreads();\n    float sum = 0.f;\n",
+        "    float sum = 0.f;\n",
+    ),
+    Mutant(
+        "norm: no barrier before the moments of the warps are read",
+        "norm",
+        "norm/row.cuh",
+        "    __syncthreads();\n    Moments all{",
+        "    Moments all{",
+    ),
+    Mutant(
+        "norm: counts elements past the end of a row",
+        "norm",
+        "norm/row.cuh",
+        "min(max(hidden_size - first, 0), kLanes * Vec<T>::kSize)",
+        "kLanes * Vec<T>::kSize",
+    ),
+    Mutant(
+        "norm: squares about the warps' means are taken for those about the row's",
+        "norm",
+        "norm/row.cuh",
+        " + smem.moments[i].count * shift * shift",
     ),
     Mutant(
         "norm: sums past the end of a row",
