@@ -48,7 +48,8 @@ void launch(const AttentionParams& p, cudaStream_t stream) {
   DecodeAttentionParams params = decode_attention_params(p, Config::kThreads);
   if (splits > 1) {
     const int64_t words = SplitResults(nullptr, num_heads, p.rows_per_head(), p.head_dim).num_words(num_heads, splits);
-    params.workspace = static_cast<uint32_t*>(workspace(words * int64_t(sizeof(uint32_t)), stream));
+    const int64_t bytes = words * int64_t(sizeof(uint32_t));
+    params.workspace = static_cast<uint32_t*>(workspace(WorkspaceUser::kDecodeAttention, bytes, stream).data);
   }
   const dim3 grid(unsigned(splits), unsigned(p.num_kv_heads), unsigned(p.batch));
   launch_kernel<Storage>(kernel, grid, Config::kThreads, stream, params);

@@ -10,6 +10,7 @@
 #include "attention/decode_attention.h"
 #include "attention/decode_warp.cuh"
 #include "common/launch.cuh"
+#include "common/workspace.h"
 
 namespace fastshard {
 
@@ -30,7 +31,6 @@ struct DecodeAttentionSharedStorage {
 };
 
 constexpr int kEagerTiles = 64;  // of a head, that load before the length is known
-constexpr uint32_t kUnwritten = 0xffffffff;  // a NaN that no arithmetic gives
 
 // What the blocks of a head tell each other; all kUnwritten between launches.
 struct SplitResults {

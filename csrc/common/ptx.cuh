@@ -33,11 +33,6 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Barrier number `id` (1..15) of the block, for `threads` threads in whole warps.
-__device__ __forceinline__ void bar_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ uint4 ld_shared_16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -110,21 +105,6 @@ __device__ __forceinline__ uint4 ld_global_streaming(const void* global) {
   return v;
 }
 
-// The same where `valid`; 16 zero bytes where not (global is then not read).
-__device__ __forceinline__ uint4 ld_global_streaming_or_zero(const void* global, bool valid) {
-  uint4 v;
-  asm volatile(
-      "{\n\t"
-      ".reg .pred p;\n\t"
-      "setp.ne.b32 p, %5, 0;\n\t"
-      "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n\t"
-      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t"
-      "}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(global), "r"(static_cast<int>(valid)));
-  return v;
-}
-
 // 8 bytes, as ld_global_streaming.
 __device__ __forceinline__ uint2 ld_global_streaming_8(const void* global) {
   uint2 v;
@@ -156,6 +136,10 @@ __device__ __forceinline__ void st_global_relaxed(void* global, uint4 v) {
 
 __device__ __forceinline__ void st_global_relaxed_8(void* global, uint2 v) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void st_global_relaxed_4(void* global, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(global), "r"(v) : "memory");
 }
 
 // *global = *global >= last ? 0 : *global + 1; what it was before.

@@ -1,4 +1,4 @@
-// Workspaces by device, graph capture and stream.
+// Workspaces by user, device, graph capture and stream.
 #include "common/workspace.h"
 
 #include <algorithm>
@@ -16,12 +16,13 @@ namespace workspace_detail {
 constexpr int64_t kMinBytes = 1 << 20;
 
 struct Block {
+  WorkspaceUser user;
   int device;
   int64_t bytes;
   void* data;
 };
 
-using Key = std::tuple<int, unsigned long long, cudaStream_t>;  // device, capture (0: none), stream
+using Key = std::tuple<WorkspaceUser, int, unsigned long long, cudaStream_t>;  // device, capture (0: none), stream
 
 struct Pool {
   std::mutex mutex;
@@ -42,9 +43,9 @@ struct RelaxedCapture {
   ~RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode); }
 };
 
-Block allocate(int device, int64_t bytes) {
+Block allocate(WorkspaceUser user, int device, int64_t bytes) {
   const RelaxedCapture relaxed;
-  Block block{device, bytes, nullptr};
+  Block block{user, device, bytes, nullptr};
   FS_CUDA_CHECK(cudaMalloc(&block.data, size_t(bytes)));
   cudaStream_t stream = nullptr;
   FS_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -79,7 +80,7 @@ void lend(cudaGraph_t graph, const Key& key, const Block& block) {
 
 }  // namespace workspace_detail
 
-void* workspace(int64_t bytes, cudaStream_t stream) {
+Workspace workspace(WorkspaceUser user, int64_t bytes, cudaStream_t stream) {
   using namespace workspace_detail;
   int device = 0;
   FS_CUDA_CHECK(cudaGetDevice(&device));
@@ -91,23 +92,25 @@ void* workspace(int64_t bytes, cudaStream_t stream) {
 
   Pool& all = pool();
   const std::lock_guard lock(all.mutex);
-  const Key key{device, capture, stream};
+  const Key key{user, device, capture, stream};
   const auto found = all.in_use.find(key);
-  if (found != all.in_use.end() && found->second.bytes >= bytes) return found->second.data;
+  if (found != all.in_use.end() && found->second.bytes >= bytes) return {found->second.data, found->second.bytes};
   // One that has become too small stays: launches that use it may be pending.
   const int64_t size = int64_t(std::bit_ceil(uint64_t(std::max(bytes, kMinBytes))));
-  const auto fits = [&](const Block& block) { return block.device == device && block.bytes >= size; };
+  const auto fits = [&](const Block& block) {
+    return block.user == user && block.device == device && block.bytes >= size;
+  };
   const auto reusable = std::find_if(all.free.begin(), all.free.end(), fits);
   Block block{};
   if (reusable != all.free.end()) {
     block = *reusable;
     all.free.erase(reusable);
   } else {
-    block = allocate(device, size);
+    block = allocate(user, device, size);
   }
   if (capture != 0) lend(graph, key, block);
   all.in_use.insert_or_assign(key, block);
-  return block.data;
+  return {block.data, block.bytes};
 }
 
 }  // namespace fastshard

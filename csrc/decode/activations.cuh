@@ -1,10 +1,14 @@
 // The flagged activations of a decode step as input of a product.
 #pragma once
 #include "common/reduce.cuh"
+#include "decode/step.h"
 #include "gemv/flagged.cuh"
 #include "gemv/product.cuh"
 
 namespace fastshard {
+
+using DecodeActivations = Activations<kDecodeMaxTokens>;
+using DecodeSquares = Squares<kDecodeMaxTokens>;
 
 // What norm-weighted values are scaled by before they are rounded: float16 holds no more than 65504, and they have not
 // been divided by the root mean square yet.
@@ -13,25 +17,19 @@ __device__ constexpr float norm_scale() {
   return std::is_same_v<T, __half> ? 0.125f : 1.f;
 }
 
-// The sums of x^2 that the warps found.
-using Squares = float[kProductTokens][kStreamWarps];
-
 // 1 / sqrt(mean(x^2) + eps), for products of what norm_scale() has scaled.
 template <typename T>
-__device__ __forceinline__ float product_rstd(const Squares& squares, int token, int size, float eps) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kStreamWarps; ++i) sum += squares[token][i];
-  return rsqrtf(__fdividef(sum, float(size)) + eps) / norm_scale<T>();
+__device__ __forceinline__ float product_rstd(const DecodeSquares& squares, int token, int size, float eps) {
+  return rstd_of<kDecodeMaxTokens>(squares, token, size, eps) / norm_scale<T>();
 }
 
 // Load chunks slice, slice + 1, ... as multiply() asks for it, waiting for them as long as it takes.
 // rows: [num_tokens, in_features / 2] words of two values each. norm: what values are multiplied by, [in_features], or
 // null. squares: where the sums of x^2 of this slice are added up, from zero where it is the first; or null.
 template <typename T>
-__device__ __forceinline__ void load_flagged_rows(Activations& x, const uint64_t* rows, uint32_t flag, const void* norm,
-                                                  int in_features, int num_tokens, int slice, int chunks,
-                                                  WarpStorage<T>& storage, Squares* squares) {
+__device__ __forceinline__ void load_flagged_rows(DecodeActivations& x, const uint64_t* rows, uint32_t flag,
+                                                  const void* norm, int in_features, int num_tokens, int slice,
+                                                  int chunks, WarpStorage<T>& storage, DecodeSquares* squares) {
   constexpr int kTokens = 4;  // at a time
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first = slice * kChunkColumns + warp * kWarpColumns + 4 * lane;  // of this lane's columns of a chunk

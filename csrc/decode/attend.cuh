@@ -157,7 +157,7 @@ __device__ __forceinline__ void attend(const DecodeStepParams& p, const DecodeLa
     if (p.rope_table != nullptr && row.inside) {
       angles = reinterpret_cast<const float2*>(p.rope_table) + int64_t(row.position) * (p.rotary_dim / 2);
     }
-    ptx::bar_sync(1, kStreamThreads);  // the storage is free
+    __syncthreads();  // the storage is free
     const int heads = group + (part == 0 ? 2 : 0);  // the new key and value, too
 #pragma unroll 1
     for (int i = warp; i < heads; i += kStreamWarps) {
@@ -169,7 +169,7 @@ __device__ __forceinline__ void attend(const DecodeStepParams& p, const DecodeLa
                    is_query ? smem.q[i] : is_key ? smem.new_key() : smem.new_value());
       __syncwarp();
     }
-    ptx::bar_sync(1, kStreamThreads);
+    __syncthreads();
 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -190,7 +190,7 @@ __device__ __forceinline__ void attend(const DecodeStepParams& p, const DecodeLa
     }
     if (!row.inside && part == 0 && threadIdx.x == 0) *p.overflow = 1;
     worker.write(smem.parts, warp, group, exp_scale);
-    ptx::bar_sync(1, kStreamThreads);
+    __syncthreads();
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < group * (kHeadDim / 4); i += kStreamThreads) {

@@ -31,8 +31,7 @@ struct DecodeStorage {
     ProductStorage<T> product;
     AttendStorage<T, Config::kGroup, Config::kHeadDim> attend;
   };
-  static_assert(kDecodeMaxTokens == kProductTokens);
-  Squares squares[2];  // of the norm before a product, and of the one after it
+  DecodeSquares squares[2];  // of the norm before a product, and of the one after it
   DecodeRow rows[kDecodeMaxTokens];
   DecodePlan plan;
 };
@@ -154,7 +153,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
   FS_SHARED_STORAGE(Storage, smem);
   if (threadIdx.x == 0) smem.plan.init(p);
   if (threadIdx.x < p.num_tokens) smem.rows[threadIdx.x] = load_row(p, threadIdx.x);
-  ptx::bar_sync(1, kStreamThreads);
+  __syncthreads();
   const DecodePlan& plan = smem.plan;
   DecodeSchedule<T> schedule(p, plan);
   WeightStream<T, decode_stages<Storage>(), DecodeSchedule<T>> stream(&smem + 1, schedule);
@@ -184,16 +183,16 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
     }
     if (product == DecodeProduct::kOutput) {
       attend(p, weights, smem.rows, longest, flag, smem.attend);
-      ptx::bar_sync(1, kStreamThreads);  // the storage is free
+      __syncthreads();  // the storage is free
     }
 
-    Squares& squares = smem.squares[index / 2 % 2];
+    DecodeSquares& squares = smem.squares[index / 2 % 2];
     const int out_features = out_features_of(p, product), in_features = in_features_of(p, product);
     const int end_part = product == DecodeProduct::kDown ? plan.end_part : plan.first_part + 1;
 #pragma unroll 1
     for (int part = plan.first_part; part < end_part; ++part) {
       const Segment segment = plan.segment(product, part);
-      const auto load = [&](Activations& x, int slice, int chunks, bool again, WarpStorage<T>& storage) {
+      const auto load = [&](DecodeActivations& x, int slice, int chunks, bool again, WarpStorage<T>& storage) {
         load_flagged_rows<T>(x, in, flag, norm, in_features, p.num_tokens, slice, chunks, storage,
                              norm != nullptr && !again ? &squares : nullptr);
       };
@@ -240,14 +239,14 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
           if (n + 1 < p.vocab_size) logits[1] = to_float(from_float<T>(second));
         }
       };
-      multiply<T>(stream, smem.product, segment, out_features, p.num_tokens, load, begin, finish);
+      multiply<kDecodeMaxTokens, T>(stream, smem.product, segment, out_features, p.num_tokens, load, begin, finish);
     }
     if (product == DecodeProduct::kDown) leave_layer<T>(p, layer, flag);
   }
   ptx::cp_async_wait<0>();
 
   // The last block to come here leaves the workspace ready for the next step: all have read the step counter.
-  ptx::bar_sync(1, kStreamThreads);
+  __syncthreads();
   unsigned* const exited = reinterpret_cast<unsigned*>(p.workspace + 1);
   if (threadIdx.x == 0 && atomicAdd(exited, 1u) == gridDim.x - 1) {
     *exited = 0;

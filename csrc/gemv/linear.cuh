@@ -1,134 +1,123 @@
 // out[t, n] = residual[t, n] + bias[n] + sum_k rms_norm(x)[t, k] * weight[n, k] for 1..16 rows t
 //
-// Up to 8 rows, linear_kernel: a block owns the tiles of 8 weight rows blockIdx.x, blockIdx.x + gridDim.x, ..., which
-// stream through its shared memory (weight_stream.cuh); its warps hold x in registers (product.cuh), each its own
-// columns. 9..16 rows, wide_linear_kernel: blocks stride over larger tiles as tile.cuh says.
+// A block owns the tiles of 8 weight rows blockIdx.x, blockIdx.x + gridDim.x, ..., which stream through its shared
+// memory (weight_stream.cuh); its warps hold x in registers (product.cuh), each its own columns.
 // Sums and epilogue are fp32, rounded once.
 // Floor: the weights' bytes at the bandwidth of the memory; rows of x, residual and out are small beside them.
 #pragma once
 #include "common/reduce.cuh"
 #include "gemv/linear.h"
-#include "gemv/product.cuh"
-#include "gemv/tile.cuh"
+#include "gemv/matrix.cuh"
+#include "gemv/rows.cuh"
 
 namespace fastshard {
 
 constexpr int kLinearStages = 5;  // chunks of weights that a block has on their way: 80 KB
 
-template <typename T>
+// kTokens: 8 or 16, at most.
+template <typename T, int kTokens>
 struct LinearStorage {
   alignas(128) unsigned char queue[kLinearStages * kChunkBytes];
   ProductStorage<T> product;
-  float squares[kProductTokens][kStreamWarps];  // the warps' sums of x^2
+  Squares<kTokens> squares;
+  Matrix<T> matrix;
 };
 
-// The runs of the weights: the source of their stream.
-template <typename T>
-class LinearSchedule {
- public:
-  __device__ __forceinline__ LinearSchedule(const LinearParams& p, const Segment& segment) : p_(p), segment_(segment) {}
-
-  __device__ __forceinline__ const T* next(Run& run) {
-    if (index_ == num_runs(segment_)) return nullptr;
-    run = run_of(segment_, p_.out_features, p_.in_features, int(p_.weight_stride), index_++);
-    return static_cast<const T*>(p_.weight);
-  }
-
- private:
-  const LinearParams& p_;
-  const Segment& segment_;
-  int index_ = 0;
-};
-
-// The columns of x and of norm_weight that a lane holds of a slice: 8 of each step, of token lane / 4.
-struct LaneColumns {
-  int first, end;
-
-  __device__ __forceinline__ LaneColumns(const LinearParams& p, int slice)
-      : first(slice * kChunkColumns + threadIdx.x / 32 * kWarpColumns + threadIdx.x % 4 * 8),
-        end(int(threadIdx.x % 32 / 4) < p.num_tokens ? p.in_features : 0) {}
-
-  __device__ __forceinline__ int column(int step) const {
-    return first + step / kChunkSteps * kChunkColumns + step % kChunkSteps * 32;
-  }
-  __device__ __forceinline__ bool inside(int step) const { return column(step) < end; }
-};
-
-constexpr int kSliceSteps = kSliceChunks * kChunkSteps;
-
-// The lane's activations of a slice, not normalised; zeros past the columns and past the tokens.
-template <typename T>
-__device__ __forceinline__ void load_rows(Activations& x, const LinearParams& p, const LaneColumns& columns) {
-  const T* const row = static_cast<const T*>(p.x) + int(threadIdx.x % 32 / 4) * p.x_stride;
-#pragma unroll
-  for (int i = 0; i < kSliceSteps; ++i) {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (columns.inside(i)) v = *reinterpret_cast<const uint4*>(row + columns.column(i));
-    x.set(i, make_uint4(v.x, v.z, v.y, v.w));
-  }
-}
-
-// 1 / sqrt(mean(x^2) + eps) of token lane / 4. All threads of the block call it.
-template <typename T>
-__device__ __forceinline__ float load_rstd(const LinearParams& p, LinearStorage<T>& smem) {
+// The squares of x, summed up. All threads of the block call it.
+template <typename T, int kTokens>
+__device__ __forceinline__ void sum_squares(Squares<kTokens>& squares, const Rows<T>& rows) {
   const int token = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
-  float sum = 0.f;
+  float sums[kTokens / 8] = {};
 #pragma unroll 1
-  for (int slice = 0; slice < num_chunks(p.in_features); slice += kSliceChunks) {
-    Activations x;
-    load_rows<T>(x, p, LaneColumns(p, slice));
+  for (int slice = 0; slice < num_chunks(rows.in_features); slice += kSliceChunks) {
+    Activations<kTokens> x;
+    load_rows(x, rows, slice);
 #pragma unroll
     for (int i = 0; i < kSliceSteps; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 pair = unpack_pair<T>(x.a[i][j]);
-        sum += pair.x * pair.x + pair.y * pair.y;
+      for (int half = 0; half < x.kHalves; ++half) {
+        const uint4 v = x.get(i, half);
+        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 pair = unpack_pair<T>(pairs[j]);
+          sums[half] += pair.x * pair.x + pair.y * pair.y;
+        }
       }
     }
   }
-  sum = warp_reduce_sum<4>(sum);
-  if (threadIdx.x % 4 == 0) smem.squares[token][warp] = sum;
-  __syncthreads();
-  sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < kStreamWarps; ++i) sum += smem.squares[token][i];
-  return rsqrtf(sum / p.in_features + p.norm_eps);
+  for (int half = 0; half < kTokens / 8; ++half) {
+    const float sum = warp_reduce_sum<4>(sums[half]);
+    if (threadIdx.x % 4 == 0) squares[token + 8 * half][warp] = sum;
+  }
+  __syncthreads();
 }
 
-// x through the norm; rounds as the reference of rms_norm.
-template <typename T>
-__device__ __forceinline__ void normalize(Activations& x, const LinearParams& p, const LaneColumns& columns,
-                                          float rstd) {
+// Chunks slice, slice + 1, ... of x through the norm; rounds as the reference of rms_norm.
+template <typename T, int kTokens>
+__device__ __forceinline__ void normalize(Activations<kTokens>& x, const LinearParams& p, const Rows<T>& rows,
+                                          int slice, int chunks, const Squares<kTokens>& squares) {
+  const T* const norm_weight = static_cast<const T*>(p.norm_weight);
+  const LaneColumns<T> columns(rows, slice);
+  float rstd[kTokens / 8];
 #pragma unroll
-  for (int i = 0; i < kSliceSteps; ++i) {
-    if (!columns.inside(i)) continue;
-    const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.norm_weight) + columns.column(i));
-    const uint32_t weights[4] = {v.x, v.z, v.y, v.w};
+  for (int half = 0; half < kTokens / 8; ++half) {
+    rstd[half] = rstd_of<kTokens>(squares, threadIdx.x % 32 / 4 + 8 * half, p.in_features, p.norm_eps);
+  }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float2 x_hat = unpack_pair<T>(x.a[i][j]);
-      x_hat.x *= rstd, x_hat.y *= rstd;
-      if (!p.norm_weight_in_fp32) x_hat = unpack_pair<T>(pack_pair<T>(x_hat.x, x_hat.y));
-      const float2 weight = unpack_pair<T>(weights[j]);
-      x.a[i][j] = pack_pair<T>(x_hat.x * weight.x, x_hat.y * weight.y);
+  for (int chunk = 0; chunk < kSliceChunks; ++chunk) {
+    if (chunk >= chunks) break;
+    uint4 weights[kChunkSteps];
+#pragma unroll
+    for (int i = 0; i < kChunkSteps; ++i) {
+      const int step = chunk * kChunkSteps + i;
+      if (columns.inside(step, 0)) {
+        weights[i] = *reinterpret_cast<const uint4*>(norm_weight + columns.column(step));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kChunkSteps; ++i) {
+      const int step = chunk * kChunkSteps + i;
+      if (!columns.inside(step, 0)) break;
+      const uint32_t w[4] = {weights[i].x, weights[i].y, weights[i].z, weights[i].w};
+#pragma unroll
+      for (int half = 0; half < x.kHalves; ++half) {
+        const uint4 v = x.get(step, half);
+        uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float2 x_hat = unpack_pair<T>(pairs[j]);
+          x_hat.x *= rstd[half], x_hat.y *= rstd[half];
+          if (!p.norm_weight_in_fp32) x_hat = unpack_pair<T>(pack_pair<T>(x_hat.x, x_hat.y));
+          const float2 weight = unpack_pair<T>(w[j]);
+          pairs[j] = pack_pair<T>(x_hat.x * weight.x, x_hat.y * weight.y);
+        }
+        x.set(step, half, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+      }
     }
   }
 }
 
-template <typename T>
+template <typename T, int kTokens>
 __global__ __launch_bounds__(kStreamThreads, 1) void linear_kernel(const __grid_constant__ LinearParams p) {
-  FS_SHARED_STORAGE(LinearStorage<T>, smem);
-  const Segment segment = whole_rows(p.out_features, p.in_features, p.num_tokens);
-  LinearSchedule<T> schedule(p, segment);
-  WeightStream<T, kLinearStages, LinearSchedule<T>> stream(smem.queue, schedule);
+  using Storage = LinearStorage<T, kTokens>;
+  FS_SHARED_STORAGE(Storage, smem);
+  if (threadIdx.x == 0) {
+    smem.matrix = streamed_matrix<T>(p.weight, p.weight_stride, p.out_features, p.in_features,
+                                     whole_rows(p.out_features, p.in_features, p.num_tokens));
+  }
+  __syncthreads();
+  MatrixSchedule<T> schedule(&smem.matrix, 0, 1);
+  WeightStream<T, kLinearStages, MatrixSchedule<T>> stream(smem.queue, schedule);
 
+  const Rows<T> rows{static_cast<const T*>(p.x), p.x_stride, p.num_tokens, p.in_features};
   const T* const bias = static_cast<const T*>(p.bias);
   const T* const residual = static_cast<const T*>(p.residual);
-  const float rstd = p.norm_weight != nullptr ? load_rstd(p, smem) : 0.f;
-  const auto load = [&](Activations& x, int slice, int, bool, WarpStorage<T>&) {
-    const LaneColumns columns(p, slice);
-    load_rows<T>(x, p, columns);
-    if (p.norm_weight != nullptr) normalize<T>(x, p, columns, rstd);
+  if (p.norm_weight != nullptr) sum_squares<T, kTokens>(smem.squares, rows);
+  const auto load = [&](Activations<kTokens>& x, int slice, int chunks, bool, WarpStorage<T>&) {
+    load_rows(x, rows, slice);
+    if (p.norm_weight != nullptr) normalize<T, kTokens>(x, p, rows, slice, chunks, smem.squares);
   };
   struct Kept {
     T bias[2], residual[2];
@@ -150,37 +139,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void linear_kernel(const __grid_
     to[0] = from_float<T>(first + to_float(kept.bias[0]) + to_float(kept.residual[0]));
     if (n + 1 < p.out_features) to[1] = from_float<T>(second + to_float(kept.bias[1]) + to_float(kept.residual[1]));
   };
-  multiply<T>(stream, smem.product, segment, p.out_features, p.num_tokens, load, begin, finish);
-}
-
-template <typename T, typename Config>
-__global__ __launch_bounds__(Config::kThreads, 2) void wide_linear_kernel(const LinearParams p) {
-  FS_SHARED_STORAGE(GemvSharedStorage<Config>, smem);
-  const GemvProblem<T> problem{static_cast<const T*>(p.x),
-                               static_cast<const T*>(p.weight),
-                               static_cast<const T*>(p.norm_weight),
-                               p.x_stride,
-                               p.weight_stride,
-                               p.num_tokens,
-                               p.out_features,
-                               p.in_features,
-                               p.norm_eps,
-                               p.norm_weight_in_fp32};
-  const T* bias = static_cast<const T*>(p.bias);
-  const T* residual = static_cast<const T*>(p.residual);
-  T* out = static_cast<T*>(p.out);
-
-  const auto store = [&](int token, int n, float sum) {
-    if (bias != nullptr) sum += to_float(bias[n]);
-    if (residual != nullptr) sum += to_float(residual[token * p.residual_stride + n]);
-    out[int64_t(token) * p.out_features + n] = from_float<T>(sum);
-  };
-  GemvBatch<Config> batch;
-  load_first_batch(batch, problem);
-  gemv(problem, smem, batch, [&](int token, int n, float first, float second) {
-    store(token, n, first);
-    if (n + 1 < p.out_features) store(token, n + 1, second);
-  });
+  multiply<kTokens, T>(stream, smem.product, smem.matrix.segment, p.out_features, p.num_tokens, load, begin, finish);
 }
 
 }  // namespace fastshard

@@ -25,9 +25,9 @@ constexpr int kSliceChunks = 4;                             // whose activations
 constexpr int kGroupSums = 64;                              // tiles times tokens whose sums meet in shared memory
 constexpr int kStreamMaxStride = 1 << 28;                   // of a matrix: offsets within a tile are 32 bits
 
-// Tiles of a group: as many as there is room for the sums of that many tokens, at most 8, rounded up to a power of two.
+// Tiles of a group: as many as there is room for the sums of; tokens, at most 16, are rounded up to a power of two.
 __host__ __device__ constexpr int token_shift(int num_tokens) {
-  return num_tokens <= 1 ? 0 : num_tokens <= 2 ? 1 : num_tokens <= 4 ? 2 : 3;
+  return num_tokens <= 1 ? 0 : num_tokens <= 2 ? 1 : num_tokens <= 4 ? 2 : num_tokens <= 8 ? 3 : 4;
 }
 __host__ __device__ constexpr int group_tiles(int num_tokens) { return kGroupSums >> token_shift(num_tokens); }
 

@@ -69,11 +69,13 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
   const DeviceGuard guard(x);
   if (x.numel() == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / hidden_size;
-  if (num_tokens > kFusedMlpMaxTokens || !can_stream(gate_up_weight) || !can_stream(down_weight)) {
+  const auto streams = [](const Tensor& weight) {
+    return can_stream(weight) && weight.stride(0) <= kFusedMlpMaxStride;
+  };
+  if (num_tokens > kFusedMlpMaxTokens || !streams(gate_up_weight) || !streams(down_weight)) {
     return library_path(x, gate_up_weight, down_weight, parsed, residual);
   }
   Tensor out = torch::stable::new_empty(x, shape);
-  Tensor hidden = torch::stable::new_empty(x, {num_tokens, intermediate_size});
   const RowMatrix rows = row_matrix(x, hidden_size, /*aligned=*/true);
   std::optional<RowMatrix> residual_rows;
   if (residual) residual_rows = row_matrix(*residual, hidden_size, /*aligned=*/false);
@@ -81,7 +83,6 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
                               gate_up_weight.const_data_ptr(),
                               down_weight.const_data_ptr(),
                               residual_rows ? residual_rows->data() : nullptr,
-                              hidden.mutable_data_ptr(),
                               out.mutable_data_ptr(),
                               rows.stride,
                               gate_up_weight.stride(0),

@@ -117,14 +117,23 @@ def linear():
     )
 
 
-@check("mlp/*.cu")
+@check("mlp/*.cu", num_sms=4)
 def fused_mlp():
-    """Two tiles of gate_up a block, ragged tiles in both phases."""
-    x = inside_nan(3, 136, dtype=torch.float16)
+    """Few rows: several tiles of gate_up a block, three launches. Many: down in parts."""
+    first, second, third = (inside_nan(3, 136, dtype=torch.float16) for _ in range(3))
     gate_up_weight = inside_nan(2 * 40, 136, dtype=torch.float16, scale=136**-0.5)
     down_weight = inside_nan(136, 40, dtype=torch.float16, scale=40**-0.5)
     residual = inside_nan(3, 136, dtype=torch.float16)
-    return lambda: ops.fused_mlp(x, gate_up_weight, down_weight, residual=residual)
+    rows = inside_nan(12, 24, dtype=torch.float16)
+    long_gate_up_weight = inside_nan(2 * 4104, 24, dtype=torch.float16, scale=24**-0.5)
+    long_down_weight = inside_nan(24, 4104, dtype=torch.float16, scale=4104**-0.5)
+    return lambda: (
+        *(
+            ops.fused_mlp(x, gate_up_weight, down_weight, residual=residual)
+            for x in (first, second, third)
+        ),
+        ops.fused_mlp(rows, long_gate_up_weight, long_down_weight, residual=rows),
+    )
 
 
 @check("attention/attention_64.cu")

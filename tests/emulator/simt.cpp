@@ -78,7 +78,6 @@ struct Block {
   int arrived, votes;    // at the barrier
   const char* barrier;
   BarrierResult result;
-  std::vector<Lane*> named[16];  // that wait at a named barrier
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> buffer;  // shared memory between guards
   unsigned char* shared;
@@ -349,7 +348,6 @@ void prepare_block(Block& block, uint3 index, std::unique_ptr<Lane>* lanes) {
   block.ready_warps = num_warps == 32 ? ~0u : bit(num_warps) - 1;
   block.running = m.shape.threads;
   block.arrived = block.votes = 0;
-  for (auto& waiting : block.named) waiting.clear();
   block.warps.resize(num_warps);
   for (uint32_t w = 0; w < num_warps; ++w) {
     Warp& warp = block.warps[w];
@@ -530,19 +528,6 @@ BarrierResult block_barrier(const char* name, bool predicate) {
   if (++block.arrived == block.running) complete_barrier(block);
   reschedule();
   return block.result;
-}
-
-void named_barrier(int id, int threads) {
-  if (id < 1 || id > 15) fail("bar.sync of barrier %d", id);
-  Lane& self = *m.current;
-  std::vector<Lane*>& waiting = self.warp->block->named[id];
-  waiting.push_back(&self);
-  self.waits_for = "bar.sync";
-  if (int(waiting.size()) < threads) return reschedule();
-  m.idle_yields = 0;
-  for (Lane* lane : waiting) make_ready(*lane->warp, bit(lane->lane));
-  waiting.clear();
-  reschedule();
 }
 
 void poll() {

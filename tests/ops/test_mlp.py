@@ -86,7 +86,7 @@ def test_many_rows(num_tokens, device):
     check(a | {name: a[name].unflatten(0, (1, -1)) for name in ("x", "residual")})
 
 
-# Up to 8 rows, a tile is 16 rows of a weight (8 of hidden) by 1024 columns a round; else 32 by 512.
+# A tile is 8 rows of a weight (4 of hidden), a warp takes 128 columns of it at a time.
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 16])
 @pytest.mark.parametrize("hidden_size", [8, 16, 24, 32, 40, 128, 136, 520])
@@ -95,11 +95,33 @@ def test_sizes(intermediate_size, hidden_size, num_tokens, dtype, device):
     check(make(num_tokens, hidden_size, intermediate_size, dtype, device))
 
 
-# x and hidden in several chunks of shared memory, several tiles a block.
+# x and hidden in several chunks, and in more than the four that registers hold; several groups of
+# tiles a block. More than 8 rows: down in parts.
 @pytest.mark.parametrize("num_tokens", [8, 16])
-@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(264, 2056), (2056, 264)])
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size"),
+    [(264, 2056), (2056, 264), (24, 4104), (4104, 24), (8, 8200)],
+)
 def test_chunks(hidden_size, intermediate_size, num_tokens, device):
     check(make(num_tokens, hidden_size, intermediate_size, torch.bfloat16, device))
+
+
+# Launches leave their hidden values and sums to the next but one, of whatever size.
+def test_launches_of_different_sizes(device):
+    sizes = [(1, 40, 72), (16, 24, 4104), (3, 72, 40), (12, 8, 16), (16, 24, 4104), (2, 40, 72)]
+    for num_tokens, hidden_size, intermediate_size in sizes * 2:
+        check(make(num_tokens, hidden_size, intermediate_size, torch.float16, device))
+
+
+# NaN marks what has not been written: one that was computed must not be waited for.
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tokens", "intermediate_size"), [(2, 40), (12, 4104)])
+def test_nan_goes_through(num_tokens, intermediate_size, dtype, device):
+    a = make(num_tokens, 24, intermediate_size, dtype, device)
+    a["x"][1] = torch.tensor(-1, dtype=torch.int16).view(dtype).item()
+    actual = ops.fused_mlp(**a)
+    assert actual[1].isnan().all()
+    assert actual[0].isfinite().all()
 
 
 @CUDA_ONLY
@@ -299,12 +321,13 @@ def test_runs_one_kernel_of_ours(num_tokens, device):
 
 
 @EMULATOR_ONLY
-@pytest.mark.parametrize("num_tokens", [3, 16])
-def test_two_launches_give_the_same(num_tokens, device, monkeypatch):
-    a = make(num_tokens, 136, 264, torch.bfloat16, device)
+@pytest.mark.parametrize(("num_tokens", "intermediate_size"), [(3, 264), (16, 264), (16, 4104)])
+def test_plain_launches_give_the_same(num_tokens, intermediate_size, device, monkeypatch):
+    a = make(num_tokens, 40, intermediate_size, torch.bfloat16, device)
     one_launch = ops.fused_mlp(**a)
     monkeypatch.setenv("FASTSHARD_EMULATOR_COOPERATIVE", "0")
-    assert torch.equal(ops.fused_mlp(**a), one_launch)
+    for _ in range(3):
+        assert torch.equal(ops.fused_mlp(**a), one_launch)
 
 
 def test_cost():

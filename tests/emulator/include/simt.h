@@ -95,9 +95,6 @@ void copy_async(unsigned char* shared, const void* global, uint32_t bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
-// Barrier `id` of the block, for `threads` threads; other threads do not wait.
-void named_barrier(int id, int threads);
-
 // A load that may be one of a loop that waits for other threads: now and then it lets them go first.
 void poll();
 

@@ -70,10 +70,6 @@ __device__ __forceinline__ uint4 ld_global_streaming(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
-__device__ __forceinline__ uint4 ld_global_streaming_or_zero(const void* global, bool valid) {
-  return valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
-}
-
 __device__ __forceinline__ uint2 ld_global_streaming_8(const void* global) {
   return *static_cast<const uint2*>(global);
 }
@@ -92,14 +88,14 @@ __device__ __forceinline__ void st_global_relaxed(void* global, uint4 v) { *stat
 
 __device__ __forceinline__ void st_global_relaxed_8(void* global, uint2 v) { *static_cast<uint2*>(global) = v; }
 
+__device__ __forceinline__ void st_global_relaxed_4(void* global, uint32_t v) { *static_cast<uint32_t*>(global) = v; }
+
 __device__ __forceinline__ uint32_t atom_global_inc(uint32_t* global, uint32_t last) {
   simt::yield();
   const uint32_t old = *global;
   *global = old >= last ? 0 : old + 1;
   return old;
 }
-
-__device__ __forceinline__ void bar_sync(int id, int threads) { simt::named_barrier(id, threads); }
 
 __device__ __forceinline__ uint4 ld_shared_16(uint32_t shared) {
   return *reinterpret_cast<const uint4*>(simt::shared_pointer(shared, 16, "ld.shared"));
