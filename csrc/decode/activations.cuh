@@ -44,9 +44,14 @@ __device__ __forceinline__ void load_flagged_rows(DecodeActivations& x, const ui
       weights[i] = ptx::ld_global_streaming_8(static_cast<const T*>(norm) + column);
     }
   }
+  const uint64_t missing = uint64_t(~flag) << 32;
 #pragma unroll 1
   for (int begin = 0; begin < num_tokens; begin += kTokens) {
     ulonglong2 words[kTokens][kSliceChunks];
+#pragma unroll
+    for (int i = 0; i < kTokens * kSliceChunks; ++i) {
+      words[i / kSliceChunks][i % kSliceChunks] = make_ulonglong2(missing, missing);
+    }
     const uint64_t* const from = rows + (begin * in_features + first) / 2;
     uint32_t wrong;
     do {
@@ -55,7 +60,9 @@ __device__ __forceinline__ void load_flagged_rows(DecodeActivations& x, const ui
         if (begin + t >= num_tokens) break;
 #pragma unroll
         for (int i = 0; i < kSliceChunks; ++i) {
-          if (inside[i]) words[t][i] = ptx::ld_relaxed_2x64(from + (t * in_features + i * kChunkColumns) / 2);
+          if (inside[i] && flag_error(words[t][i], flag) != 0) {
+            words[t][i] = ptx::ld_relaxed_2x64(from + (t * in_features + i * kChunkColumns) / 2);
+          }
         }
       }
       wrong = 0;
