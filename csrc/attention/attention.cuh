@@ -2,9 +2,11 @@
 //
 // A row is one query token of one query head. The rows of all query heads that share a key/value head form one matrix
 // [s_q * group, head_dim], of which a block owns Config::kRows: keys and values are read once for the whole group.
-// Warps stand kRowWarps x kKeyWarps: each owns 16 rows and, of every tile of keys, its own kWarpKeys; what the key
-// warps found is merged at the end, and what blocks of different splits found in attention_combine_kernel.
-// Floor: 4 * head_dim FLOPs for each visible pair of query and key, and q, k, v, out once through global memory.
+// Warps stand kRowWarps x kKeyWarps: each owns kRowTiles times 16 rows and, of every tile of keys, its own kWarpKeys;
+// what the key warps found is merged at the end, and what blocks of different splits found in attention_combine_kernel.
+// Floor: 4 * head_dim FLOPs for each visible pair of query and key, and q, k, v, out once through global memory. A warp
+// of 32 rows reads the keys and values for them from shared memory in 62 % of the time that its products take; of 16
+// rows it would take 125 %.
 #pragma once
 #include "attention/finish.cuh"
 #include "attention/softmax.cuh"
@@ -14,52 +16,65 @@
 
 namespace fastshard {
 
-template <int kHeadDim_, int kRowWarps_, int kKeyWarps_, int kWarpKeys_, int kStages_, int kMinBlocks_>
+// What a kernel does to scores beside the key ranges of visibility.cuh: nothing, a bool mask that MaskBytes can load, or
+// all that AttentionParams has.
+enum class AttentionRules { kRanges, kMaskBytes, kAll };
+
+template <int kHeadDim_, int kRowWarps_, int kRowTiles_, int kKeyWarps_, int kWarpKeys_, int kMinBlocks_,
+          bool kQueryInRegisters_, AttentionRules kRules_>
 struct AttentionConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowWarps = kRowWarps_;
+  static constexpr int kRowTiles = kRowTiles_;  // of 16 rows, that a warp owns
   static constexpr int kKeyWarps = kKeyWarps_;
   static constexpr int kWarpKeys = kWarpKeys_;
-  static constexpr int kStages = kStages_;        // tiles of k and v in shared memory
   static constexpr int kMinBlocks = kMinBlocks_;  // that the registers of a multiprocessor must hold
+  static constexpr bool kQueryInRegisters = kQueryInRegisters_;
+  static constexpr AttentionRules kRules = kRules_;
+  static constexpr int kStages = 2;  // tiles of k and v in shared memory
   static constexpr int kWarps = kRowWarps * kKeyWarps;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRows = 16 * kRowWarps;
+  static constexpr int kRows = 16 * kRowTiles * kRowWarps;
   static constexpr int kKeys = kKeyWarps * kWarpKeys;
-  static constexpr bool kQueryInRegisters = kHeadDim <= 128;
-  static_assert(kWarpKeys % 16 == 0 && kStages >= 2);
+  static_assert(kWarpKeys % 16 == 0 && (kKeyWarps == 1 || kRowTiles == 1));
 };
 
 template <typename T, typename Config>
 struct AttentionSharedStorage {
-  struct Tiles {
+  struct alignas(128) Tiles {
     T q[Config::kRows * Config::kHeadDim];
     T k[Config::kStages][Config::kKeys * Config::kHeadDim];
     T v[Config::kStages][Config::kKeys * Config::kHeadDim];
   };
+  // Of the key warps, after the last tile.
+  using Results = PartialRows<Config::kKeyWarps, Config::kRows, Config::kHeadDim>;
   union {
     Tiles tiles;
-    PartialRows<Config::kKeyWarps, Config::kRows, Config::kHeadDim> results;  // after the last tile
+    std::conditional_t<(Config::kKeyWarps > 1), Results, char> results;
   };
+  RowTable<Config::kRows> rows;
 };
 
-// What one block does.
+// What one block does. Blocks start in the order of their number: row tiles of `heads_at_once` heads side by side, whose
+// keys and values the L2 cache holds together, and of those the last first, which are the longest if causal.
 struct AttentionWork {
   int batch, kv_head, first_row, split;
   int64_t row_base;  // of first_row, in the numbering of AttentionParams::num_rows
 
   template <typename Config>
-  static __device__ AttentionWork of_block(const AttentionParams& p) {
+  static __device__ AttentionWork of_block(const AttentionParams& p, int block) {
     const int num_tiles = (p.rows_per_head() + Config::kRows - 1) / Config::kRows;
-    int block = blockIdx.x;
     AttentionWork work;
     work.split = block % p.num_splits;
     block /= p.num_splits;
-    work.first_row = (num_tiles - 1 - block % num_tiles) * Config::kRows;  // causal: the longest first
-    block /= num_tiles;
-    work.kv_head = block % p.num_kv_heads;
-    work.batch = block / p.num_kv_heads;
-    work.row_base = int64_t(block) * p.rows_per_head() + work.first_row;
+    const int first_head = block / (p.heads_at_once * num_tiles) * p.heads_at_once;
+    const int num_heads = min(p.batch * p.num_kv_heads - first_head, p.heads_at_once);
+    block -= first_head * num_tiles;
+    const int head = first_head + block % num_heads;
+    work.first_row = (num_tiles - 1 - block / num_heads) * Config::kRows;
+    work.kv_head = head % p.num_kv_heads;
+    work.batch = head / p.num_kv_heads;
+    work.row_base = int64_t(head) * p.rows_per_head() + work.first_row;
     return work;
   }
 };
@@ -79,15 +94,88 @@ __device__ __forceinline__ void store_row(RowResult<kHeadDim>& result, const Att
   }
 }
 
+// The end of a warp that has its rows' keys alone: normalise, optional LayerNorm, store; or store partial results.
+// staging: of shared memory that only this warp uses, [16 * kRowTiles, kHeadDim], laid out as TileLayout has it.
+template <typename T, int kHeadDim, int kRowTiles, int kOutTiles>
+__device__ __forceinline__ void store_warp_rows(float (&out)[kRowTiles][kOutTiles][4],
+                                                const LazySoftmax<kRowTiles>& softmax, const AttentionParams& p,
+                                                const AttentionWork& work, int warp_row, T* staging) {
+  using Layout = TileLayout<kHeadDim>;
+  const int lane = threadIdx.x % 32;
+  const int num_rows = p.rows_per_head() - work.first_row - warp_row;  // from the warp's first on
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    auto& tiles = out[i / 2];
+    const int e = i % 2 * 2, row = i * 8 + lane / 4;
+    const float sum = softmax.row_sum(i);
+    if (p.num_splits > 1) {
+      if (row >= num_rows) continue;
+      const int64_t at = work.split * p.num_rows() + work.row_base + warp_row + row;
+      if (lane % 4 == 0) p.partial_max[at] = softmax.origin[i], p.partial_sum[at] = sum;
+      float2* const to = reinterpret_cast<float2*>(p.partial_out + at * p.head_dim) + lane % 4;
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) {
+        if (n * 8 < p.head_dim) to[n * 4] = make_float2(tiles[n][e], tiles[n][e + 1]);
+      }
+      continue;
+    }
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // nothing to attend to: zeros
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n) tiles[n][e] *= inverse, tiles[n][e + 1] *= inverse;
+    if (p.layer_norm) {
+      float total = 0.f, squares = 0.f;
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) total += tiles[n][e] + tiles[n][e + 1];  // columns past head_dim are zero
+      const float mean = quad_sum(total) / p.head_dim;
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) {
+        tiles[n][e] -= mean, tiles[n][e + 1] -= mean;
+        if (n * 8 < p.head_dim) squares += tiles[n][e] * tiles[n][e] + tiles[n][e + 1] * tiles[n][e + 1];
+      }
+      const float rstd = rsqrtf(quad_sum(squares) / p.head_dim + p.eps);
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) {
+        if (n * 8 >= p.head_dim) break;
+        const float2 y = scale_and_shift<T>(make_float2(tiles[n][e] * rstd, tiles[n][e + 1] * rstd), p,
+                                            n * 8 + lane % 4 * 2);
+        tiles[n][e] = y.x, tiles[n][e + 1] = y.y;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n) {
+      T* const to = staging + Layout::offset(row, row % 8, n) + lane % 4 * 2;
+      *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(tiles[n][e], tiles[n][e + 1]);
+    }
+  }
+  if (p.num_splits > 1) return;
+  __syncwarp();
+
+  // Whole rows, 16 bytes a lane.
+  constexpr int kLanesPerRow = Layout::kLanesPerRow;
+  const int chunk = lane % kLanesPerRow;
+  if (chunk * 8 >= p.head_dim) return;
+  RowCursor cursor(work.first_row + warp_row + lane / kLanesPerRow, p.group);
+  const RowStep step(32 / kLanesPerRow, p.group);
+  const int64_t first_head = int64_t(work.batch) * p.s_q * p.num_kv_heads * p.group + work.kv_head * p.group;
+#pragma unroll 4
+  for (int row = lane / kLanesPerRow; row < min(num_rows, 16 * kRowTiles); row += 32 / kLanesPerRow) {
+    const int64_t head = first_head + int64_t(cursor.token) * p.num_kv_heads * p.group + cursor.head;
+    store_vec(static_cast<T*>(p.out) + head * p.head_dim + chunk * 8,
+              load_vec(staging + Layout::offset(row, row % 8, chunk)));
+    cursor.advance(step, p.group);
+  }
+}
+
 template <typename T, typename Config>
 __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attention_kernel(const AttentionParams p) {
   using Storage = AttentionSharedStorage<T, Config>;
-  constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys, kStages = Config::kStages;
+  using Order = KeyOrder<Config::kWarpKeys>;
+  constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys, kRowTiles = Config::kRowTiles;
   FS_SHARED_STORAGE(Storage, smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp / Config::kKeyWarps * 16, key_warp = warp % Config::kKeyWarps;
+  const int warp_row = warp / Config::kKeyWarps * 16 * kRowTiles, key_warp = warp % Config::kKeyWarps;
   const int warp_key = key_warp * Config::kWarpKeys;
-  const AttentionWork work = AttentionWork::of_block<Config>(p);
+  const AttentionWork work = AttentionWork::of_block<Config>(p, blockIdx.x);
   const int num_rows = min(p.rows_per_head() - work.first_row, Config::kRows);
 
   // The tiles of keys that any row of this block sees, and of those the share of this split.
@@ -101,7 +189,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
   const int begin_tile = first_tile + min(work.split * tiles_per_split, num_tiles);
   const int end_tile = first_tile + min((work.split + 1) * tiles_per_split, num_tiles);
   if (begin_tile == end_tile && p.num_splits > 1) {
-    if (threadIdx.x < num_rows) p.partial_sum[work.split * p.num_rows() + work.row_base + threadIdx.x] = 0.f;
+    for (int row = threadIdx.x; row < num_rows; row += Config::kThreads) {
+      p.partial_sum[work.split * p.num_rows() + work.row_base + row] = 0.f;
+    }
     return;
   }
 
@@ -112,82 +202,127 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
 
   // Keys outside the range are never read, so that nothing there, NaN included, reaches the products.
   using KeyLoader = TileLoader<Config, kKeys>;
-  const auto load_keys = [&](int tile, int stage) {
+  const auto load_keys = [&](int thread, KeyRange keys, int tile, int stage) {
     const int key = tile * kKeys;
+    if (key >= keys.begin && key + kKeys <= keys.end && p.head_dim == kHeadDim) {
+      KeyLoader::load_whole(thread, smem.tiles.k[stage], k + key * p.k_strides.token, p.k_strides.token, Order::phase);
+      KeyLoader::load_whole(thread, smem.tiles.v[stage], v + key * p.v_strides.token, p.v_strides.token, Order::phase);
+      return;
+    }
     const auto rows_of = [&](const T* base, int64_t stride) {
-      return [&keys, key, stride, next = base + (key + KeyLoader::first_row()) * stride](int row) mutable {
+      return [&keys, key, stride, next = base + (key + KeyLoader::first_row(thread)) * stride](int row) mutable {
         const T* from = key + row >= keys.begin && key + row < keys.end ? next : nullptr;
         next += KeyLoader::kStep * stride;
         return from;
       };
     };
-    KeyLoader::load(smem.tiles.k[stage], p.head_dim, k, rows_of(k, p.k_strides.token));
-    KeyLoader::load(smem.tiles.v[stage], p.head_dim, v, rows_of(v, p.v_strides.token));
+    KeyLoader::load(thread, smem.tiles.k[stage], p.head_dim, k, rows_of(k, p.k_strides.token), Order::phase);
+    KeyLoader::load(thread, smem.tiles.v[stage], p.head_dim, v, rows_of(v, p.v_strides.token), Order::phase);
   };
 
-  // Copies in flight: the queries, then up to kStages - 1 tiles ahead; one group each, empty ones included.
-  TileLoader<Config, Config::kRows>::load(smem.tiles.q, p.head_dim, q, [&](int row) {
-    const int in_head = work.first_row + row;
-    return row < num_rows ? q + in_head / p.group * p.q_strides.token + in_head % p.group * p.q_strides.head : nullptr;
-  });
+  // Copies in flight: the queries and the first tile, then a tile ahead.
+  using QueryLoader = TileLoader<Config, Config::kRows>;
+  RowCursor cursor(work.first_row + QueryLoader::first_row(threadIdx.x), p.group);
+  const RowStep step(QueryLoader::kStep, p.group);
+  QueryLoader::load(
+      threadIdx.x, smem.tiles.q, p.head_dim, q,
+      [&](int row) {
+        const T* from = q + cursor.token * p.q_strides.token + cursor.head * p.q_strides.head;
+        cursor.advance(step, p.group);
+        return row < num_rows ? from : nullptr;
+      },
+      [](int row) { return row % 8; });
+  if (begin_tile < end_tile) load_keys(threadIdx.x, keys, begin_tile, 0);
   ptx::cp_async_commit();
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (begin_tile + i < end_tile) load_keys(begin_tile + i, i);
-    ptx::cp_async_commit();
-  }
+  smem.rows.template fill<Config::kThreads>(p, bounds, work.first_row);
+  ptx::cp_async_wait<0>();
+  __syncthreads();
 
-  uint32_t q_fragments[Config::kQueryInRegisters ? kHeadDim / 16 : 1][4];
+  uint32_t q_fragments[kRowTiles][Config::kQueryInRegisters ? kHeadDim / 16 : 1][4];
   if constexpr (Config::kQueryInRegisters) {
-    ptx::cp_async_wait<kStages - 1>();
-    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      load_query_fragment<kHeadDim>(q_fragments[i], smem.tiles.q, warp_row, i);
+    for (int r = 0; r < kRowTiles; ++r) {
+      const uint32_t address = query_address<kHeadDim>(lane, smem.tiles.q, warp_row + 16 * r);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i) load_query_fragment<kHeadDim>(q_fragments[r][i], address, i);
     }
   }
 
   const ScoreRule rule(p);
-  const ThreadRows rows(p, bounds, work.first_row + warp_row + lane / 4);
-  OnlineSoftmax softmax;
-  float out[kHeadDim / 8][4] = {};
+  const float exp_scale = Config::kRules == AttentionRules::kAll ? rule.exp_scale() : rule.scale;
+  LazySoftmax<kRowTiles> softmax;
+  float out[kRowTiles][kHeadDim / 8][4] = {};
   int stage = 0;
   for (int tile = begin_tile; tile < end_tile; ++tile) {
-    ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // this tile has arrived for all; and all are done with the stage that is refilled next
-    if (tile + kStages - 1 < end_tile) load_keys(tile + kStages - 1, (stage + kStages - 1) % kStages);
+    // What follows from the thread and the rows is found again for each tile: registers are short.
+    const KeyRange first_keys = smem.rows.keys[0], last_keys = smem.rows.keys[Config::kRows - 1];
+    const int thread = ptx::mov_opaque(threadIdx.x), lane = thread % 32;
+    const int warp_row = thread / 32 / Config::kKeyWarps * 16 * kRowTiles;
+    const int warp_key = thread / 32 % Config::kKeyWarps * Config::kWarpKeys;
+    if (tile + 1 < end_tile) load_keys(thread, {first_keys.begin, last_keys.end}, tile + 1, stage ^ 1);
     ptx::cp_async_commit();
 
-    float scores[Config::kWarpKeys / 8][4];
-    multiply_queries_keys<kHeadDim, Config::kQueryInRegisters>(scores, q_fragments, smem.tiles.q, warp_row,
-                                                               smem.tiles.k[stage], warp_key);
+    // Of scores[..][0][0]; the lane's columns are the keys from there on.
+    const int key = tile * kKeys + warp_key + lane % 4 * Order::kSpan;
+    const int row = warp_row + lane / 4;
+    MaskBytes<kRowTiles, Order::kSpan> mask;
+    if constexpr (Config::kRules == AttentionRules::kMaskBytes) {
+      mask.load(p, work.batch, key, [&](int i) { return smem.rows.token[row + 8 * i]; });
+    }
+
+    float scores[kRowTiles][Config::kWarpKeys / 8][4];
+    const uint32_t q_address = query_address<kHeadDim>(lane, smem.tiles.q, warp_row);
+    multiply_queries_keys<kHeadDim>(scores, lane, smem.tiles.k[stage], warp_key, [&](uint32_t(&a)[4], int r, int i) {
+      if constexpr (Config::kQueryInRegisters) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[e] = q_fragments[r][i][e];
+      } else {
+        load_query_fragment<kHeadDim>(a, q_address + r * 16 * kHeadDim * sizeof(T), i);
+      }
+    });
     const bool all_visible = tile * kKeys >= last_keys.begin && (tile + 1) * kKeys <= first_keys.end;
-    apply_rules(scores, p, rule, work.batch, rows, tile * kKeys + warp_key + lane % 4 * 2, all_visible);
-    softmax.update(scores, out, rule.exp_scale());
-    accumulate_values<T>(out, scores, smem.tiles.v[stage], warp_key);
-    stage = (stage + 1) % kStages;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      if constexpr (Config::kRules == AttentionRules::kAll) {
+        const ThreadRows rows(smem.rows, row + 16 * r);
+        apply_rules<2>(scores[r], p, rule, work.batch, rows, key, all_visible);
+      } else {
+        if constexpr (Config::kRules == AttentionRules::kMaskBytes) mask.hide(scores[r], r);
+        if (!all_visible) hide_keys<2>(scores[r], ThreadRows(smem.rows, row + 16 * r), key);
+      }
+    }
+    softmax.move_origins(scores, out, exp_scale);
+    accumulate_values<T>(out, scores, lane, smem.tiles.v[stage], warp_key, [&](int r, int n, int e) {
+      return softmax.weigh(scores[r][n][e], 2 * r + e / 2, exp_scale);
+    });
+    stage ^= 1;
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the next tile has arrived for all; and all are done with the stage that is refilled next
   }
 
-  // Through shared memory to whole rows.
-  ptx::cp_async_wait<0>();
-  __syncthreads();
+  const auto ended_work = AttentionWork::of_block<Config>(p, ptx::mov_opaque(blockIdx.x));
+  if constexpr (Config::kKeyWarps == 1) {
+    store_warp_rows<T, kHeadDim>(out, softmax, p, ended_work, warp_row, smem.tiles.q + warp_row * kHeadDim);
+  } else {
+    // Through shared memory to whole rows.
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = warp_row + lane / 4 + 8 * i;
-    const float sum = softmax.row_sum(i);
-    if (lane % 4 == 0) {
-      smem.results.max[key_warp][row] = softmax.max[i] * rule.exp_scale();
-      smem.results.sum[key_warp][row] = sum;
+    for (int i = 0; i < 2; ++i) {
+      const int row = warp_row + lane / 4 + 8 * i;
+      const float sum = softmax.row_sum(i);
+      if (lane % 4 == 0) {
+        smem.results.max[key_warp][row] = softmax.origin[i];
+        smem.results.sum[key_warp][row] = sum;
+      }
+      float2* to = reinterpret_cast<float2*>(smem.results.out[key_warp][row]) + lane % 4;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) to[n * 4] = make_float2(out[0][n][2 * i], out[0][n][2 * i + 1]);
     }
-    float2* to = reinterpret_cast<float2*>(smem.results.out[key_warp][row]) + lane % 4;
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) to[n * 4] = make_float2(out[n][2 * i], out[n][2 * i + 1]);
-  }
-  __syncthreads();
-  for (int row = warp; row < num_rows; row += Config::kWarps) {
-    RowResult<kHeadDim> result;
-    result.merge(SharedParts{smem.results, row}, Config::kKeyWarps, p.head_dim);
-    store_row<T>(result, p, work.split, work.row_base + row);
+    __syncthreads();
+    for (int row = warp; row < num_rows; row += Config::kWarps) {
+      RowResult<kHeadDim> result;
+      result.merge(SharedParts{smem.results, row}, Config::kKeyWarps, p.head_dim);
+      store_row<T>(result, p, work.split, work.row_base + row);
+    }
   }
 }
 

@@ -61,6 +61,8 @@ struct AttentionParams {
   float* partial_max;  // [num_splits, num_rows], of base-2 scores
   float* partial_sum;  // [num_splits, num_rows]; 0: nothing seen, the other two may hold anything
 
+  int heads_at_once;  // set by attention(): key/value heads that blocks work on side by side
+
   // A row of the kernels: one query token of one query head, numbered [batch, num_kv_heads, s_q, group].
   __host__ __device__ int rows_per_head() const { return s_q * group; }
   __host__ __device__ int64_t num_rows() const { return int64_t(batch) * num_kv_heads * rows_per_head(); }

@@ -8,6 +8,30 @@
 
 namespace fastshard {
 
+// Over the four lanes that hold a row of an mma accumulator.
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+// A query row as the loaders walk over them: rows of a head are numbered [s_q, group].
+struct RowStep {
+  int tokens, heads;
+  __device__ __forceinline__ RowStep(int rows, int group) : tokens(rows / group), heads(rows % group) {}
+};
+
+struct RowCursor {
+  int token, head;  // head: within the group
+  __device__ __forceinline__ RowCursor(int row, int group) : token(row / group), head(row % group) {}
+  __device__ __forceinline__ void advance(const RowStep& step, int group) {
+    token += step.tokens;
+    head += step.heads;
+    if (head < group) return;
+    head -= group;
+    ++token;
+  }
+};
+
 // What kParts workers found of kRows rows each; the softmax is relative to each one's own maximum.
 template <int kParts, int kRows, int kHeadDim>
 struct PartialRows {
@@ -27,6 +51,20 @@ struct SharedParts {
     return reinterpret_cast<const float2*>(partial.out[i][row])[index];
   }
 };
+
+// Two columns of a standardized row, times weight, plus bias.
+template <typename T>
+__device__ __forceinline__ float2 scale_and_shift(float2 y, const AttentionParams& p, int column) {
+  if (p.weight != nullptr) {
+    const T* weight = static_cast<const T*>(p.weight) + column;
+    y = make_float2(y.x * to_float(weight[0]), y.y * to_float(weight[1]));
+  }
+  if (p.bias != nullptr) {
+    const T* bias = static_cast<const T*>(p.bias) + column;
+    y = make_float2(y.x + to_float(bias[0]), y.y + to_float(bias[1]));
+  }
+  return y;
+}
 
 template <int kHeadDim>
 struct RowResult {
@@ -114,14 +152,7 @@ struct RowResult {
       const int column = 2 * pair(j);
       if (column >= p.head_dim) break;
       float2 y = out[j];
-      if (p.layer_norm && p.weight != nullptr) {
-        const T* weight = static_cast<const T*>(p.weight) + column;
-        y = make_float2(y.x * to_float(weight[0]), y.y * to_float(weight[1]));
-      }
-      if (p.layer_norm && p.bias != nullptr) {
-        const T* bias = static_cast<const T*>(p.bias) + column;
-        y = make_float2(y.x + to_float(bias[0]), y.y + to_float(bias[1]));
-      }
+      if (p.layer_norm) y = scale_and_shift<T>(y, p, column);
       *reinterpret_cast<uint32_t*>(to + column) = pack_pair<T>(y.x, y.y);
     }
   }

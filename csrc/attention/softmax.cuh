@@ -1,4 +1,4 @@
-// Online softmax of the two rows that a thread holds in an mma accumulator; a row is spread over four lanes.
+// Online softmax of the rows that a thread holds in mma accumulators; a row is spread over four lanes.
 #pragma once
 #include "common/ptx.cuh"
 
@@ -42,6 +42,68 @@ struct OnlineSoftmax {
   // The sum over the whole row, on all its lanes.
   __device__ __forceinline__ float row_sum(int row) const {
     float total = sum[row] + __shfl_xor_sync(0xffffffffu, sum[row], 1);
+    return total + __shfl_xor_sync(0xffffffffu, total, 2);
+  }
+};
+
+// The same for kRowTiles accumulators of 16 rows, made for long rows: the origin of the exponent follows the maximum
+// only where that has grown far enough past it to matter, which is seldom after the first keys.
+template <int kRowTiles>
+struct LazySoftmax {
+  static constexpr int kRows = 2 * kRowTiles;
+  static constexpr float kMargin = 8.f;         // weights are at most 2^8, which float16 holds
+  static constexpr float kNothingSeen = -2e38f;  // below all scores but -inf
+
+  float origin[kRows];  // base 2
+  float sum[kRows];     // of the weights so far, of this thread's columns only
+
+  __device__ __forceinline__ LazySoftmax() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) origin[i] = kNothingSeen, sum[i] = 0.f;
+  }
+
+  // Move origins to where weigh() cannot overflow, and rescale what was accumulated.
+  template <int kTiles, int kOutTiles>
+  __device__ __forceinline__ void move_origins(const float (&scores)[kRowTiles][kTiles][4],
+                                               float (&out)[kRowTiles][kOutTiles][4], float scale) {
+    float max[kRows];
+    bool grows = false;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const auto& tiles = scores[i / 2];
+      const int e = i % 2 * 2;
+      max[i] = fmaxf(tiles[0][e], tiles[0][e + 1]);
+#pragma unroll
+      for (int n = 1; n < kTiles; ++n) max[i] = fmaxf(max[i], fmaxf(tiles[n][e], tiles[n][e + 1]));
+      grows |= fmaf(max[i], scale, -origin[i]) > kMargin;
+    }
+    if (!__any_sync(0xffffffffu, grows)) return;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      max[i] = fmaxf(max[i], __shfl_xor_sync(0xffffffffu, max[i], 1));
+      max[i] = fmaxf(max[i], __shfl_xor_sync(0xffffffffu, max[i], 2));
+      const float next = fmaxf(origin[i], max[i] * scale);
+      const float rescale = ptx::ex2(origin[i] - next);
+      origin[i] = next;
+      sum[i] *= rescale;
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) {
+        out[i / 2][n][i % 2 * 2] *= rescale;
+        out[i / 2][n][i % 2 * 2 + 1] *= rescale;
+      }
+    }
+  }
+
+  // The weight of a score of row i.
+  __device__ __forceinline__ float weigh(float score, int i, float scale) {
+    const float weight = ptx::ex2(fmaf(score, scale, -origin[i]));
+    sum[i] += weight;
+    return weight;
+  }
+
+  // The sum over the whole row, on all its lanes.
+  __device__ __forceinline__ float row_sum(int i) const {
+    const float total = sum[i] + __shfl_xor_sync(0xffffffffu, sum[i], 1);
     return total + __shfl_xor_sync(0xffffffffu, total, 2);
   }
 };

@@ -1,7 +1,9 @@
 // Tiles of 16-bit rows in shared memory, and the two matrix products on them.
 //
 // A tile is [rows][kHeadDim] in chunks of 16 bytes, whose order within a row is permuted so that the eight rows which
-// one ldmatrix phase reads lie in different banks.
+// one ldmatrix phase reads lie in different banks. Rows of queries are read eight neighbours at a time. Keys are not:
+// a lane holds the scores of columns 2 t and 2 t + 1 of each product (t: lane % 4), and the keys stand in the columns
+// such that these are kWarpKeys / 4 neighbouring keys, of which a mask has one vector. See KeyOrder.
 #pragma once
 #include <bit>
 
@@ -10,100 +12,167 @@
 
 namespace fastshard {
 
-// Offset in elements of a chunk of a row.
 template <int kHeadDim>
-__device__ __forceinline__ int chunk_offset(int row, int chunk) {
+struct TileLayout {
   static_assert(kHeadDim % 32 == 0);
-  // Rows of whole 128-byte lines start in the same bank: eight permutations. Others start in two banks in turn: four.
-  const int swizzle = kHeadDim % 64 == 0 ? row % 8 : row / 2 % 4;
-  return row * kHeadDim + (chunk ^ swizzle) * 8;
-}
+  // Chunks that are permuted among themselves. Rows of whole 128-byte lines start in the same bank, and all eight rows
+  // of a phase need a permutation of their own; others start in two banks in turn, and four will do.
+  static constexpr int kPeriod = kHeadDim % 64 == 0 ? 8 : 4;
+  static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kLanesPerRow = std::bit_ceil(unsigned(kChunks));  // that copy a row, a chunk each
+
+  // In elements, of a chunk of a row. phase: which of the eight rows it is.
+  static __device__ __forceinline__ int offset(int row, int phase, int chunk) {
+    return row * kHeadDim + (chunk ^ (kPeriod == 8 ? phase : phase / 2)) * 8;
+  }
+
+  // Shared address of the chunk `chunks`, an even number, further than the one at `address`, which is chunk 0 or 1.
+  static __device__ __forceinline__ uint32_t advance(uint32_t address, int chunks) {
+    return (address ^ uint32_t(chunks % kPeriod * 16)) + chunks / kPeriod * kPeriod * 16;
+  }
+};
+
+// Which key of a warp's kWarpKeys stands in which column of the products.
+template <int kWarpKeys>
+struct KeyOrder {
+  static constexpr int kSpan = kWarpKeys / 4;  // neighbouring keys whose scores one lane holds
+
+  // Column i of product n.
+  static __device__ __forceinline__ int key(int n, int i) { return i / 2 * kSpan + n * 2 + i % 2; }
+  // The column that a key stands in.
+  static __device__ __forceinline__ int phase(int key) { return key / kSpan % 4 * 2 + key % 2; }
+};
 
 // Starts copying rows into a tile, kStep rows at a time.
 template <typename Config, int kRows>
 struct TileLoader {
-  static constexpr int kChunks = Config::kHeadDim / 8;
-  static constexpr int kLanesPerRow = std::bit_ceil(unsigned(kChunks));
+  using Layout = TileLayout<Config::kHeadDim>;
+  static constexpr int kChunks = Layout::kChunks, kLanesPerRow = Layout::kLanesPerRow;
   static constexpr int kStep = Config::kThreads / kLanesPerRow;  // rows that the block copies at a time
   static_assert(kRows % kStep == 0);
 
-  static __device__ int first_row() { return threadIdx.x / kLanesPerRow; }
+  static __device__ int first_row(int thread) { return thread / kLanesPerRow; }
 
-  // row_source: called for the rows first_row(), first_row() + kStep, ... in this order; returns where the row lies in
-  // global memory, or null for a row of zeros. Columns from head_dim on are zeros too. anywhere: any mapped address.
-  template <typename T, typename RowSource>
-  static __device__ __forceinline__ void load(T* tile, int head_dim, const T* anywhere, RowSource row_source) {
-    const int chunk = threadIdx.x % kLanesPerRow;
+  // thread: of the block. row_source: called for the rows first_row(), first_row() + kStep, ... in this order; returns
+  // where the row lies in global memory, or null for a row of zeros. Columns from head_dim on are zeros too.
+  // anywhere: any mapped address. phase_of: of a row, see TileLayout.
+  template <typename T, typename RowSource, typename PhaseOf>
+  static __device__ __forceinline__ void load(int thread, T* tile, int head_dim, const T* anywhere,
+                                              RowSource row_source, PhaseOf phase_of) {
+    const int chunk = thread % kLanesPerRow;
     if (kLanesPerRow != kChunks && chunk >= kChunks) return;
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
-      const int row = first_row() + i * kStep;
+      const int row = first_row(thread) + i * kStep;
       const T* from = row_source(row);
       const bool valid = from != nullptr && chunk * 8 < head_dim;
-      ptx::cp_async_16_or_zero(ptx::shared_address(tile + chunk_offset<Config::kHeadDim>(row, chunk)),
+      ptx::cp_async_16_or_zero(ptx::shared_address(tile + Layout::offset(row, phase_of(row), chunk)),
                                valid ? from + chunk * 8 : anywhere, valid);
+    }
+  }
+
+  // The same where all of the tile is there: rows `stride` elements apart, from `first` on, of kHeadDim columns.
+  template <typename T, typename PhaseOf>
+  static __device__ __forceinline__ void load_whole(int thread, T* tile, const T* first, int64_t stride,
+                                                    PhaseOf phase_of) {
+    const int chunk = thread % kLanesPerRow;
+    if (kLanesPerRow != kChunks && chunk >= kChunks) return;
+    const T* from = first + first_row(thread) * stride + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
+      const int row = first_row(thread) + i * kStep;
+      ptx::cp_async_16(ptx::shared_address(tile + Layout::offset(row, phase_of(row), chunk)), from);
     }
   }
 };
 
-// The 16 x 16 block of a query tile at row 0 and column step * 16, as operand A.
+// Where a lane reads the query tile for ldmatrix: 16 rows from `row` on.
 template <int kHeadDim, typename T>
-__device__ __forceinline__ void load_query_fragment(uint32_t (&a)[4], const T* tile, int row, int step) {
-  const int lane = threadIdx.x % 32;
-  ptx::ldmatrix_x4(a, ptx::shared_address(tile + chunk_offset<kHeadDim>(row + lane % 16, step * 2 + lane / 16)));
+__device__ __forceinline__ uint32_t query_address(int lane, const T* tile, int row) {
+  return ptx::shared_address(tile + TileLayout<kHeadDim>::offset(row + lane % 16, lane % 8, lane / 16));
 }
 
-// scores[16, 8 * kTiles] = q[16, kHeadDim] * k[8 * kTiles, kHeadDim]^T. row: of q in its tile; key: of k in its tile.
-// With kInRegisters the fragments of q come from `q`, else from its tile.
-template <int kHeadDim, bool kInRegisters, int kTiles, int kSteps, typename T>
-__device__ __forceinline__ void multiply_queries_keys(float (&scores)[kTiles][4], const uint32_t (&q)[kSteps][4],
-                                                      const T* q_tile, int row, const T* k_tile, int key) {
-  const int lane = threadIdx.x % 32;
+// The 16 x 16 block of the queries at column step * 16, as operand A. address: query_address of its rows.
+template <int kHeadDim>
+__device__ __forceinline__ void load_query_fragment(uint32_t (&a)[4], uint32_t address, int step) {
+  ptx::ldmatrix_x4(a, TileLayout<kHeadDim>::advance(address, step * 2));
+}
+
+// scores[16 rows each][8 * kTiles] = q[.., kHeadDim] * k[8 * kTiles, kHeadDim]^T. key: of k in its tile.
+// load_query(a, r, step): the 16 x 16 block of row tile r.
+template <int kHeadDim, int kRowTiles, int kTiles, typename T, typename LoadQuery>
+__device__ __forceinline__ void multiply_queries_keys(float (&scores)[kRowTiles][kTiles][4], int lane, const T* k_tile,
+                                                      int key, LoadQuery load_query) {
+  using Layout = TileLayout<kHeadDim>;
+  using Order = KeyOrder<kTiles * 8>;
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+  for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) scores[n][e] = 0.f;
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[r][n][e] = 0.f;
+    }
   }
+  // Matrices: the columns of product n low and high half of the step, then those of product n + 1.
+  const uint32_t address = ptx::shared_address(
+      k_tile + Layout::offset(key + Order::key(lane / 16, lane % 8), lane % 8, lane / 8 % 2));
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    uint32_t a[4];
-    if constexpr (kInRegisters) {
+    uint32_t a[kRowTiles][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = q[step][i];
-    } else {
-      load_query_fragment<kHeadDim>(a, q_tile, row, step);
-    }
+    for (int r = 0; r < kRowTiles; ++r) load_query(a[r], r, step);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
-      // Matrices: keys 0-7 low and high half of the step, then keys 8-15.
-      const int from = key + n * 8 + lane % 8 + lane / 16 * 8;
       uint32_t b[4];
-      ptx::ldmatrix_x4(b, ptx::shared_address(k_tile + chunk_offset<kHeadDim>(from, step * 2 + lane / 8 % 2)));
-      ptx::mma_m16n8k16<T>(scores[n], a, b[0], b[1]);
-      ptx::mma_m16n8k16<T>(scores[n + 1], a, b[2], b[3]);
+      ptx::ldmatrix_x4(b, Layout::advance(address, step * 2) + n * 2 * kHeadDim * sizeof(T));
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        ptx::mma_m16n8k16<T>(scores[r][n], a[r], b[0], b[1]);
+        ptx::mma_m16n8k16<T>(scores[r][n + 1], a[r], b[2], b[3]);
+      }
     }
   }
 }
 
-// out[16, kHeadDim] += weights[16, 8 * kTiles] * v[8 * kTiles, kHeadDim], the weights rounded to T.
-template <typename T, int kTiles, int kOutTiles>
-__device__ __forceinline__ void accumulate_values(float (&out)[kOutTiles][4], const float (&weights)[kTiles][4],
-                                                  const T* v_tile, int key) {
-  const int lane = threadIdx.x % 32;
+// out[16 rows each][kHeadDim] += weights[..][8 * kTiles] * v[8 * kTiles, kHeadDim], the weights rounded to T.
+// weigh(r, n, e): scores[r][n][e] made a weight. The weights of 16 keys are made while the 16 before are multiplied.
+template <typename T, int kRowTiles, int kTiles, int kOutTiles, typename Weigh>
+__device__ __forceinline__ void accumulate_values(float (&out)[kRowTiles][kOutTiles][4],
+                                                  const float (&scores)[kRowTiles][kTiles][4], int lane,
+                                                  const T* v_tile, int key, Weigh weigh) {
+  using Layout = TileLayout<kOutTiles * 8>;
+  using Order = KeyOrder<kTiles * 8>;
+  constexpr int kPairs = kRowTiles * 4;               // of weights, that a lane holds of 16 keys
+  constexpr int kSteps = kOutTiles / 2;               // products of 16 columns
+  constexpr int kPairsEach = (kPairs + kSteps - 1) / kSteps;
+  // Matrices: the columns of products k and k + 1 as rows, of eight columns of v, then of the next eight.
+  const uint32_t address = ptx::shared_address(
+      v_tile + Layout::offset(key + Order::key(lane / 8 % 2, lane % 8), lane % 8, lane / 16));
+
+  // An accumulator pair of 16 x 8 is an operand A of 16 x 16.
+  uint32_t a[2][kRowTiles][4];
+  const auto make_pair = [&](int k, int i) {
+    const int r = i / 4, n = k + i % 4 / 2, e = i % 2 * 2;
+    const float first = weigh(r, n, e), second = weigh(r, n, e + 1);
+    a[k / 2 % 2][r][i % 4] = pack_pair<T>(first, second);
+  };
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) make_pair(0, i);
 #pragma unroll
   for (int k = 0; k < kTiles; k += 2) {
-    // An accumulator pair of 16 x 8 is an operand A of 16 x 16.
-    const uint32_t a[4] = {
-        pack_pair<T>(weights[k][0], weights[k][1]), pack_pair<T>(weights[k][2], weights[k][3]),
-        pack_pair<T>(weights[k + 1][0], weights[k + 1][1]), pack_pair<T>(weights[k + 1][2], weights[k + 1][3])};
 #pragma unroll
     for (int n = 0; n < kOutTiles; n += 2) {
-      // Matrices: keys 0-7 and 8-15 of eight columns, then of the next eight.
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(
-          b, ptx::shared_address(v_tile + chunk_offset<kOutTiles * 8>(key + k * 8 + lane % 16, n + lane / 16)));
-      ptx::mma_m16n8k16<T>(out[n], a, b[0], b[1]);
-      ptx::mma_m16n8k16<T>(out[n + 1], a, b[2], b[3]);
+      ptx::ldmatrix_x4_trans(b, Layout::advance(address, n) + k * 2 * kOutTiles * 8 * sizeof(T));
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        ptx::mma_m16n8k16<T>(out[r][n], a[k / 2 % 2][r], b[0], b[1]);
+        ptx::mma_m16n8k16<T>(out[r][n + 1], a[k / 2 % 2][r], b[2], b[3]);
+      }
+      if (k + 2 < kTiles) {
+#pragma unroll
+        for (int i = n / 2 * kPairsEach; i < (n / 2 + 1) * kPairsEach && i < kPairs; ++i) make_pair(k + 2, i);
+      }
     }
   }
 }

@@ -77,18 +77,20 @@ __device__ __forceinline__ float additive_mask(const AttentionMask& mask, int ba
 
 // How a thread turns q.k into base-2 scores; `exp_scale` is what then remains to be multiplied with, inside exp2.
 struct ScoreRule {
-  float scale, softcap;
+  float scale;         // to base 2
+  float cap, inverse;  // softcap in base 2, and what turns q.k into the argument of tanh
   bool is_base2;  // scores leave transform() in base 2
 
   __device__ explicit ScoreRule(const AttentionParams& p)
       : scale(p.softmax_scale * kLog2e),
-        softcap(p.softcap),
+        cap(p.softcap * kLog2e),
+        inverse(p.softmax_scale / p.softcap),
         is_base2(p.softcap > 0.f || p.mask.type > AttentionMaskType::kBool) {}
 
   __device__ float exp_scale() const { return is_base2 ? 1.f : scale; }
 
   __device__ float transform(float score) const {
-    return softcap > 0.f ? softcap * kLog2e * tanhf(score * scale / (softcap * kLog2e)) : score * scale;
+    return cap > 0.f ? cap * tanhf(score * inverse) : score * scale;
   }
 };
 
@@ -100,26 +102,96 @@ struct ThreadRows {
   __device__ ThreadRows(const AttentionParams& p, RowBounds bounds, int token0, int token1)
       : keys{visible_keys(p, bounds, token0), visible_keys(p, bounds, token1)}, token{token0, token1} {}
 
-  // Of rows `row` and `row` + 8; past the end any token will do.
-  __device__ ThreadRows(const AttentionParams& p, RowBounds bounds, int row)
-      : ThreadRows(p, bounds, min(row / p.group, p.s_q - 1), min((row + 8) / p.group, p.s_q - 1)) {}
+  // From a table of rows, see RowTable.
+  template <typename Table>
+  __device__ ThreadRows(const Table& table, int row)
+      : keys{table.keys[row], table.keys[row + 8]}, token{table.token[row], table.token[row + 8]} {}
 };
 
-// -inf for keys outside the ranges of the rows. key: of scores[0][0].
-template <int kTiles>
+// What all rows of a block see, in shared memory.
+template <int kRows>
+struct RowTable {
+  KeyRange keys[kRows];
+  int token[kRows];
+
+  // By all threads. first_row: of the rows of a head; past their end any token will do.
+  template <int kThreads>
+  __device__ __forceinline__ void fill(const AttentionParams& p, RowBounds bounds, int first_row) {
+    for (int row = threadIdx.x; row < kRows; row += kThreads) {
+      token[row] = min((first_row + row) / p.group, p.s_q - 1);
+      keys[row] = visible_keys(p, bounds, token[row]);
+    }
+  }
+};
+
+// Whether MaskBytes can load the mask: a vector of kSpan keys is where its size divides.
+template <int kSpan>
+inline bool has_mask_bytes(const AttentionMask& mask) {
+  const int64_t bits = reinterpret_cast<int64_t>(mask.data) | mask.batch_stride | mask.query_stride;
+  return mask.type == AttentionMaskType::kBool && mask.key_stride == 1 && bits % kSpan == 0;
+}
+
+// A bool mask over the kSpan neighbouring keys from `key` on of the rows of kRowTiles accumulators, a byte a key.
+template <int kRowTiles, int kSpan>
+struct MaskBytes {
+  static_assert(kSpan % 4 == 0 && kSpan <= 16);
+  uint32_t words[2 * kRowTiles][kSpan / 4];
+
+  // key: a multiple of kSpan; token_of(i): of row i of the accumulators. No byte from max_keys on is read.
+  template <typename TokenOf>
+  __device__ __forceinline__ void load(const AttentionParams& p, int batch, int key, TokenOf token_of) {
+    const uint8_t* const base = static_cast<const uint8_t*>(p.mask.data) + batch * p.mask.batch_stride + key;
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const uint8_t* const row = base + token_of(i) * p.mask.query_stride;
+#pragma unroll
+      for (int j = 0; j < kSpan / 4; ++j) words[i][j] = 0;
+      if (key + kSpan <= p.max_keys) {
+        struct alignas(kSpan) Vector {
+          uint32_t words[kSpan / 4];
+        };
+        const Vector vector = *reinterpret_cast<const Vector*>(row);
+#pragma unroll
+        for (int j = 0; j < kSpan / 4; ++j) words[i][j] = vector.words[j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) {
+          if (key + j < p.max_keys) words[i][j / 4] |= uint32_t(row[j]) << j % 4 * 8;
+        }
+      }
+    }
+  }
+
+  // -inf for hidden keys of the two rows of accumulator r.
+  template <int kTiles>
+  __device__ __forceinline__ void hide(float (&scores)[kTiles][4], int r) const {
+    static_assert(kTiles * 2 == kSpan);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int at = n * 2 + e % 2;
+        if ((words[2 * r + e / 2][at / 4] & 0xffu << at % 4 * 8) == 0) scores[n][e] = -INFINITY;
+      }
+    }
+  }
+};
+
+// -inf for keys outside the ranges of the rows. key: of scores[0][0]; scores[n] is kStep keys on.
+template <int kStep = 8, int kTiles>
 __device__ __forceinline__ void hide_keys(float (&scores)[kTiles][4], const ThreadRows& rows, int key) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int at = key + n * 8 + e % 2;
+      const int at = key + n * kStep + e % 2;
       if (at < rows.keys[e / 2].begin || at >= rows.keys[e / 2].end) scores[n][e] = -INFINITY;
     }
   }
 }
 
-// Softcap and mask, and -inf for hidden keys. key: of scores[0][0]; all_visible: all ranges hold the whole tile.
-template <int kTiles>
+// Softcap and mask, and -inf for hidden keys. key, kStep: as for hide_keys; all_visible: all ranges hold the whole tile.
+template <int kStep = 8, int kTiles>
 __device__ __forceinline__ void apply_rules(float (&scores)[kTiles][4], const AttentionParams& p,
                                             const ScoreRule& rule, int batch, const ThreadRows& rows, int key,
                                             bool all_visible) {
@@ -136,7 +208,7 @@ __device__ __forceinline__ void apply_rules(float (&scores)[kTiles][4], const At
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int at = key + n * 8 + e % 2;
+      const int at = key + n * kStep + e % 2;
       const KeyRange keys = rows.keys[e / 2];
       if (at < keys.begin || at >= keys.end) {
         scores[n][e] = -INFINITY;
