@@ -234,8 +234,8 @@ def test_cached(head_dim, s_q, device):
 @pytest.mark.parametrize("s_q", [2, 10])
 def test_long_cache(s_q, layer_norm, head_dim, device):
     """Long enough for its keys to be split over blocks; rows far shorter than the cache."""
-    rows = [0, 1, 65, 1800 - 3]
-    q, k, v = make_qkv(device, torch.float16, b=4, s_q=s_q, s_kv=1800, group=3, head_dim=head_dim)
+    rows = [0, 1, 65, 2100 - 3]
+    q, k, v = make_qkv(device, torch.float16, b=4, s_q=s_q, s_kv=2100, group=3, head_dim=head_dim)
     for row, length in enumerate(rows):
         k[row, length:], v[row, length:] = NAN, NAN
     kv_lengths = torch.tensor(rows, device=device)
@@ -307,6 +307,92 @@ def test_decode_leaves_no_trace(device):
     expected = [check(*case, causal=True) for case in cases]
     for case, before in zip(cases, expected, strict=True):
         assert torch.equal(ops.attention(*case, causal=True), before)
+
+
+def heads_to_fill(device) -> int:
+    """Key/value heads whose rows fill the device with the tiles of the prefill kernel."""
+    if torch.device(device).type != "cuda":
+        return 5  # the emulated device has 4 multiprocessors
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count + 1
+
+
+# A warp of the prefill kernel has 32 rows, a block 128; or 16 and 64.
+PREFILL_ROWS = [17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
+PREFILL = [(rows, head_dim) for head_dim in (64, 128) for rows in PREFILL_ROWS]
+PREFILL += [(129, 96), (129, 120), (65, 256), (65, 200)]
+
+
+@pytest.mark.parametrize("fills", [False, True])
+@pytest.mark.parametrize(("s_q", "head_dim"), PREFILL)
+def test_prefill_rows(s_q, head_dim, fills, device):
+    """NaN lies in every key before first_key and from kv_lengths on."""
+    heads = heads_to_fill(device) if fills else 1
+    q, k, v = make_qkv(
+        device, torch.bfloat16, s_q=s_q, s_kv=s_q + 40, num_kv_heads=heads, head_dim=head_dim
+    )
+    check(q, k, v, causal=True)
+    length, first = s_q + 21, 11
+    for tensor in (k, v):
+        tensor[:, length:], tensor[:, :first] = NAN, NAN
+    bounds = {
+        "kv_lengths": torch.tensor([length], device=device),
+        "first_key": torch.tensor([first], device=device),
+    }
+    check(q, k, v, causal=True, window=50, **bounds)
+    check_layer_norm(q, k, v, **bounds)
+
+
+# Whether a row of the mask starts where a vector of its kernel may, and keys are neighbours.
+MASK_LAYOUTS = {
+    "whole": lambda keep: keep,
+    "odd_rows": lambda keep: keep[..., :121].contiguous(),
+    "half_a_vector": lambda keep: torch.cat([keep[..., :4], keep], 2)[..., 4:],
+    "by_key": lambda keep: keep.transpose(1, 2).contiguous().transpose(1, 2),
+    "same_for_all": lambda keep: keep[:1].expand(2, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", MASK_LAYOUTS)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_prefill_mask(head_dim, layout, device):
+    """Keys that end in the middle of a vector of the mask."""
+    heads = heads_to_fill(device)
+    shape = {"b": 2, "s_q": 65, "s_kv": 121, "num_kv_heads": heads, "head_dim": head_dim}
+    q, k, v = make_qkv(device, torch.float16, **shape)
+    keep = make_mask(2, 65, 128, torch.bool, device)
+    mask = MASK_LAYOUTS[layout](keep)
+    check(q, k, v, mask=mask)
+    check(q, k, v, mask=mask, first_key=torch.tensor([3, 50], device=device))
+    additive = torch.zeros(mask.shape, dtype=torch.float16, device=device)
+    check(q, k, v, mask=additive.masked_fill(~mask, -math.inf))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_mask_of_a_long_cache(head_dim, device):
+    """Long enough for the keys of a prefill to be split over blocks."""
+    q, k, v = make_qkv(device, torch.float16, s_q=20, s_kv=2080, head_dim=head_dim)
+    check(q, k, v, mask=make_mask(1, 20, 2080, torch.bool, device))
+
+
+# The kernels leave the origin of the exponent where it is while no score is 2^8 past it.
+STEPS = {"above": 20.0, "below": 6.0, "at": 8.0, "slow": 0.5, "falling": -6.0}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("fills", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_growing_scores(head_dim, fills, step, device):
+    """Scores that grow by a power of 2 every 16 keys, each row of queries at its own rate."""
+    heads = heads_to_fill(device) if fills else 1
+    shape = {"s_q": 40, "s_kv": 200, "num_kv_heads": heads, "head_dim": head_dim}
+    q, k, v = make_qkv(device, torch.float16, **shape)
+    q[..., 0], q[..., 1] = 1, torch.linspace(0, 1, 40, device=device)[None, :, None].half()
+    growth = STEPS[step] * math.log(2) * (torch.arange(200, device=device) // 16)
+    k *= 0.1
+    k[..., 0] = growth[None, :, None].half() / 2
+    k[..., 1] = growth[None, :, None].half() / 2
+    check(q, k, v, softmax_scale=1.0)
+    check(q, k, v, softmax_scale=1.0, causal=True)
 
 
 @large
