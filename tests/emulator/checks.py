@@ -139,12 +139,18 @@ def fused_mlp():
 @check("attention/attention_64.cu")
 def attention():
     """Several tiles, the last ragged, NaN in the cache: prefill; and few rows, their keys split."""
-    q = torch.randn(1, 70, 4, 64, dtype=torch.float16)
+    q = torch.randn(1, 150, 4, 64, dtype=torch.float16)
     k, v = torch.randn(2, 1, 600, 2, 64, dtype=torch.float16)
+    # Scores that grow, in some of the rows of a warp.
+    q[..., 0] = torch.arange(150)[:, None] % 16 == 3
+    k[:, 64:, :, 0] += 300
     k[:, 573:], v[:, 573:] = float("nan"), float("nan")
     prompt, lengths = torch.tensor([150]), torch.tensor([573])
+    mask = fenced(torch.rand(1, 70, 112) < 0.5)[..., :109]
     return lambda: (
         ops.attention(q, k, v, causal=True, kv_lengths=prompt),
+        ops.attention(q[:, :70], k, v, causal=True, kv_lengths=prompt, softcap=5.0),
+        ops.attention(q[:, :70], k[:, :109], v[:, :109], mask=mask),
         ops.attention_layer_norm(
             q[:, :1], k[:, :, :1], v[:, :, :1], causal=True, kv_lengths=lengths
         ),
