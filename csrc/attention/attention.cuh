@@ -94,7 +94,8 @@ __device__ __forceinline__ void store_row(RowResult<kHeadDim>& result, const Att
   }
 }
 
-// The end of a warp that has its rows' keys alone: normalise, optional LayerNorm, store; or store partial results.
+// The end of a warp that has its rows' keys alone: normalise, optional LayerNorm, round to T, store; or store partial
+// results.
 // staging: of shared memory that only this warp uses, [16 * kRowTiles, kHeadDim], laid out as TileLayout has it.
 template <typename T, int kHeadDim, int kRowTiles, int kOutTiles>
 __device__ __forceinline__ void store_warp_rows(float (&out)[kRowTiles][kOutTiles][4],
@@ -126,13 +127,13 @@ __device__ __forceinline__ void store_warp_rows(float (&out)[kRowTiles][kOutTile
       float total = 0.f, squares = 0.f;
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) total += tiles[n][e] + tiles[n][e + 1];  // columns past head_dim are zero
-      const float mean = quad_sum(total) / p.head_dim;
+      const float mean = warp_reduce_sum<kRowLanes>(total) / p.head_dim;
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
         tiles[n][e] -= mean, tiles[n][e + 1] -= mean;
         if (n * 8 < p.head_dim) squares += tiles[n][e] * tiles[n][e] + tiles[n][e + 1] * tiles[n][e + 1];
       }
-      const float rstd = rsqrtf(quad_sum(squares) / p.head_dim + p.eps);
+      const float rstd = rsqrtf(warp_reduce_sum<kRowLanes>(squares) / p.head_dim + p.eps);
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
         if (n * 8 >= p.head_dim) break;
@@ -174,7 +175,6 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
   FS_SHARED_STORAGE(Storage, smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / Config::kKeyWarps * 16 * kRowTiles, key_warp = warp % Config::kKeyWarps;
-  const int warp_key = key_warp * Config::kWarpKeys;
   const AttentionWork work = AttentionWork::of_block<Config>(p, blockIdx.x);
   const int num_rows = min(p.rows_per_head() - work.first_row, Config::kRows);
 

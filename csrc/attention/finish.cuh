@@ -8,12 +8,6 @@
 
 namespace fastshard {
 
-// Over the four lanes that hold a row of an mma accumulator.
-__device__ __forceinline__ float quad_sum(float v) {
-  v += __shfl_xor_sync(0xffffffffu, v, 1);
-  return v + __shfl_xor_sync(0xffffffffu, v, 2);
-}
-
 // A query row as the loaders walk over them: rows of a head are numbered [s_q, group].
 struct RowStep {
   int tokens, heads;
@@ -130,7 +124,7 @@ struct RowResult {
     }
   }
 
-  // row: [batch, num_kv_heads, s_q, group] flattened. The one place where results round to T.
+  // row: [batch, num_kv_heads, s_q, group] flattened. Rounds to T.
   template <typename T>
   __device__ __forceinline__ void store(const AttentionParams& p, int64_t row) {
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // nothing to attend to: zeros

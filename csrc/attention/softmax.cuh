@@ -1,8 +1,16 @@
 // Online softmax of the rows that a thread holds in mma accumulators; a row is spread over four lanes.
 #pragma once
 #include "common/ptx.cuh"
+#include "common/reduce.cuh"
 
 namespace fastshard {
+
+constexpr int kRowLanes = 4;  // that hold a row of an mma accumulator
+
+// Over the row; all its lanes get it.
+__device__ __forceinline__ float row_max(float v) {
+  return warp_reduce<kRowLanes>(v, [](float a, float b) { return fmaxf(a, b); });
+}
 
 struct OnlineSoftmax {
   float max[2] = {-INFINITY, -INFINITY};  // of the scores so far, over the whole row
@@ -17,8 +25,7 @@ struct OnlineSoftmax {
       float new_max = max[row];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) new_max = fmaxf(new_max, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
+      new_max = row_max(new_max);
       const float origin = new_max == -INFINITY ? 0.f : new_max * scale;
       const float rescale = ptx::ex2(max[row] * scale - origin);
       max[row] = new_max;
@@ -40,10 +47,7 @@ struct OnlineSoftmax {
   }
 
   // The sum over the whole row, on all its lanes.
-  __device__ __forceinline__ float row_sum(int row) const {
-    float total = sum[row] + __shfl_xor_sync(0xffffffffu, sum[row], 1);
-    return total + __shfl_xor_sync(0xffffffffu, total, 2);
-  }
+  __device__ __forceinline__ float row_sum(int row) const { return warp_reduce_sum<kRowLanes>(sum[row]); }
 };
 
 // The same for kRowTiles accumulators of 16 rows, made for long rows: the origin of the exponent follows the maximum
@@ -80,9 +84,7 @@ struct LazySoftmax {
     if (!__any_sync(0xffffffffu, grows)) return;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      max[i] = fmaxf(max[i], __shfl_xor_sync(0xffffffffu, max[i], 1));
-      max[i] = fmaxf(max[i], __shfl_xor_sync(0xffffffffu, max[i], 2));
-      const float next = fmaxf(origin[i], max[i] * scale);
+      const float next = fmaxf(origin[i], row_max(max[i]) * scale);
       const float rescale = ptx::ex2(origin[i] - next);
       origin[i] = next;
       sum[i] *= rescale;
@@ -102,10 +104,7 @@ struct LazySoftmax {
   }
 
   // The sum over the whole row, on all its lanes.
-  __device__ __forceinline__ float row_sum(int i) const {
-    const float total = sum[i] + __shfl_xor_sync(0xffffffffu, sum[i], 1);
-    return total + __shfl_xor_sync(0xffffffffu, total, 2);
-  }
+  __device__ __forceinline__ float row_sum(int i) const { return warp_reduce_sum<kRowLanes>(sum[i]); }
 };
 
 }  // namespace fastshard
