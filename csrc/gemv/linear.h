@@ -9,7 +9,6 @@
 namespace fastshard {
 
 constexpr int kLinearMaxTokens = 16;
-constexpr int kLinearMaxStride = 1 << 28;  // of weight
 
 struct LinearParams {
   const void* x;            // [num_tokens, in_features], unit-stride 16-byte aligned rows
@@ -19,7 +18,7 @@ struct LinearParams {
   const void* residual;     // [num_tokens, out_features] or null, unit-stride rows
   void* out;                // [num_tokens, out_features], contiguous
   int64_t x_stride;         // between rows, in elements, a multiple of 8
-  int64_t weight_stride;    // a multiple of 8, at most kLinearMaxStride
+  int64_t weight_stride;    // a multiple of 8, at most kStreamMaxStride
   int64_t residual_stride;
   int num_tokens;           // at most kLinearMaxTokens
   int out_features;

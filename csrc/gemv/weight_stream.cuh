@@ -10,6 +10,7 @@
 
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "gemv/weight_stream.h"
 
 namespace fastshard {
 
@@ -23,7 +24,6 @@ constexpr int kWarpColumns = kChunkColumns / kStreamWarps;  // of a chunk
 constexpr int kChunkSteps = kWarpColumns / 32;              // steps of 32 columns that a warp has of a chunk
 constexpr int kSliceChunks = 4;                             // whose activations a warp holds in registers at a time
 constexpr int kGroupSums = 64;                              // tiles times tokens whose sums meet in shared memory
-constexpr int kStreamMaxStride = 1 << 28;                   // of a matrix: offsets within a tile are 32 bits
 
 // Tiles of a group: as many as there is room for the sums of; tokens, at most 16, are rounded up to a power of two.
 __host__ __device__ constexpr int token_shift(int num_tokens) {

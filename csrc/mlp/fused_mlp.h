@@ -11,7 +11,6 @@
 namespace fastshard {
 
 constexpr int kFusedMlpMaxTokens = 16;
-constexpr int kFusedMlpMaxStride = 1 << 28;  // of a weight
 
 // Of one launch: all of it, or one step of what follows each other.
 enum class MlpPhase { kAll, kGateUp, kDown, kAdd };
@@ -23,7 +22,7 @@ struct FusedMlpParams {
   const void* residual;        // [num_tokens, hidden_size] or null, unit-stride rows
   void* out;                   // [num_tokens, hidden_size], contiguous
   int64_t x_stride;            // between rows, in elements, a multiple of 8
-  int64_t gate_up_stride;      // a multiple of 8, at most kFusedMlpMaxStride
+  int64_t gate_up_stride;      // a multiple of 8, at most kStreamMaxStride
   int64_t down_stride;         // as gate_up_stride
   int64_t residual_stride;
   int num_tokens;              // at most kFusedMlpMaxTokens

@@ -52,7 +52,7 @@ Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Te
   const DeviceGuard guard(x);
   if (x.numel() == 0 || out_features == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / in_features;
-  if (num_tokens > kLinearMaxTokens || !can_stream(weight) || weight.stride(0) > kLinearMaxStride) {
+  if (num_tokens > kLinearMaxTokens || !can_stream(weight)) {
     return library_path(x, weight, bias, norm_weight, norm_eps, weight_in_fp32, residual);
   }
   Tensor out = torch::stable::new_empty(x, shape);

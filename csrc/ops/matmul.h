@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "common/check.h"
+#include "gemv/weight_stream.h"
 #include "ops/check.h"
 
 namespace fastshard {
@@ -21,7 +22,7 @@ inline bool can_stream(const Tensor& weight) {
   constexpr int64_t kMaxSize = int64_t(1) << 30;  // indices and tile numbers are ints
   const bool is_16bit = weight.scalar_type() == ScalarType::Half || weight.scalar_type() == ScalarType::BFloat16;
   return is_16bit && weight.size(1) % 8 == 0 && has_vector_rows(weight) && weight.size(0) <= kMaxSize &&
-         weight.size(1) <= kMaxSize;
+         weight.size(1) <= kMaxSize && weight.stride(0) <= kStreamMaxStride;
 }
 
 // The rows of a tensor [..., columns], in place where its strides allow, else in a copy.

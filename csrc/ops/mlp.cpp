@@ -69,10 +69,7 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
   const DeviceGuard guard(x);
   if (x.numel() == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / hidden_size;
-  const auto streams = [](const Tensor& weight) {
-    return can_stream(weight) && weight.stride(0) <= kFusedMlpMaxStride;
-  };
-  if (num_tokens > kFusedMlpMaxTokens || !streams(gate_up_weight) || !streams(down_weight)) {
+  if (num_tokens > kFusedMlpMaxTokens || !can_stream(gate_up_weight) || !can_stream(down_weight)) {
     return library_path(x, gate_up_weight, down_weight, parsed, residual);
   }
   Tensor out = torch::stable::new_empty(x, shape);
