@@ -348,6 +348,7 @@ MASK_LAYOUTS = {
     "odd_rows": lambda keep: keep[..., :121].contiguous(),
     "half_a_vector": lambda keep: torch.cat([keep[..., :4], keep], 2)[..., 4:],
     "by_key": lambda keep: keep.transpose(1, 2).contiguous().transpose(1, 2),
+    "every_other_key": lambda keep: keep.repeat_interleave(2, 2)[..., ::2],
     "same_for_all": lambda keep: keep[:1].expand(2, -1, -1),
 }
 
