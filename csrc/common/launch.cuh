@@ -4,7 +4,6 @@
 // template argument (void for none), so that the 99 KB of a compute capability 8.6 block are checked when compiling.
 // tests/emulator holds a twin of this file that runs the same kernels on a CPU.
 #pragma once
-#include <cooperative_groups.h>
 
 #include "common/check.h"
 
@@ -64,8 +63,8 @@ void launch_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, cudaSt
   launch_detail::launch<SharedStorage>(kernel, grid, threads, 0, stream, false, args...);
 }
 
-// All blocks resident at once, so that the kernel may call grid_sync(); take the grid from max_resident_blocks. False,
-// and nothing launched, where they cannot be.
+// All blocks resident at once, so that they may wait for each other; take the grid from max_resident_blocks. False, and
+// nothing launched, where they cannot be.
 // extra_bytes: of shared memory behind the storage; the two together are at most kMaxSharedBytes.
 template <typename SharedStorage, typename... KernelArgs>
 bool launch_cooperative_kernel(void (*kernel)(KernelArgs...), dim3 grid, int threads, int extra_bytes,
@@ -94,8 +93,5 @@ inline bool supports_cooperative_launch() {
   FS_CUDA_CHECK(cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, device));
   return supported != 0;
 }
-
-// Barrier over all threads of a cooperative launch; global memory written before it is visible after it.
-__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 }  // namespace fastshard

@@ -114,7 +114,6 @@ struct Machine {
   Context host;
   Lane* current = nullptr;
   int running = 0;          // threads of the resident blocks that have not exited
-  int at_grid_barrier = 0;
   int64_t idle_yields = 0;
   bool random = false;
   uint64_t random_state = 0;
@@ -388,7 +387,6 @@ void check_block(const Block& block) {
 
 void run_resident_blocks() {
   m.running = int(m.blocks.size()) * m.shape.threads;
-  m.at_grid_barrier = 0;
   m.idle_yields = 0;
   Block& first = *m.blocks[m.random ? random_below(uint32_t(m.blocks.size())) : 0];
   Warp& warp = first.warps[pick_bit(first.ready_warps)];
@@ -532,19 +530,6 @@ BarrierResult block_barrier(const char* name, bool predicate) {
 
 void poll() {
   if (++m.current->polls % 16 == 0) yield();
-}
-
-void grid_barrier() {
-  if (!m.shape.cooperative) fail("grid_sync in a launch that is not cooperative");
-  m.current->waits_for = "grid_sync";
-  if (++m.at_grid_barrier == int(m.blocks.size()) * m.shape.threads) {
-    m.at_grid_barrier = 0;
-    m.idle_yields = 0;
-    for (const auto& block : m.blocks) {
-      for (Warp& warp : block->warps) make_ready(warp, ~warp.exited);
-    }
-  }
-  reschedule();
 }
 
 void yield() {

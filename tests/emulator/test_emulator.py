@@ -195,7 +195,7 @@ def test_atomics(run):
 @pytest.mark.usefixtures("_every_schedule")
 def test_blocks_that_spin_take_turns(run):
     out = torch.full((8,), -1, dtype=torch.int32)
-    run("ticket", torch.zeros(1, dtype=torch.int32), out, 8)
+    run("ticket", torch.zeros(1, dtype=torch.int32), out, 8, 1)
     assert out.tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
@@ -235,30 +235,16 @@ def test_copies_check_their_addresses(run):
         run("misaligned_copy", x, 0, start + 1)
 
 
-@pytest.mark.usefixtures("_every_schedule")
-def test_grid_sync(run):
-    x, out = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
-    run("grid", x, out, 8, 1, 1)
-    assert out.tolist() == [2, 3, 4, 5, 6, 7, 8, 1]
-
-
-def test_a_missing_grid_sync_shows(run):
-    x, out = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
-    run("grid", x, out, 8, 0, 1)
-    assert 0 in out.tolist()
-
-
-def test_grid_sync_needs_a_cooperative_launch_of_resident_blocks(run, monkeypatch):
-    x, out = torch.zeros(16, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="grid_sync in a launch that is not cooperative"):
-        run("grid", x, out, 8, 1, 0)
+def test_blocks_that_wait_for_each_other_must_be_resident(run, monkeypatch):
+    next_turn, out = torch.zeros(1, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="livelock: threads spin and none gets anywhere"):
+        run("ticket", next_turn, out, 8, 0)
+    next_turn.zero_()
     with pytest.raises(RuntimeError, match="cooperative launch of 9 blocks, more than are resid"):
-        run("grid", x, out, 9, 1, 1)
-    with pytest.raises(RuntimeError, match=r"deadlock.*grid_sync"):
-        run("missed_grid_sync")
+        run("ticket", next_turn, out, 9, 1)
     monkeypatch.setenv("FASTSHARD_EMULATOR_SMS", "5")
-    run("grid", x, out, 9, 1, 1)
-    assert out.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 1, *[0] * 7]
+    run("ticket", next_turn, out, 9, 1)
+    assert out.tolist() == [8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
 def test_resident_blocks(run, monkeypatch):

@@ -2,9 +2,9 @@
 //
 // How it works
 //   Every CUDA thread is a fiber (fiber.h) that runs until it must wait: at a warp collective (shuffle, ballot,
-//   ldmatrix, mma, __syncwarp), at __syncthreads or at grid_sync. The last thread to arrive computes the results of all
-//   and releases them. So threads run in an order that no GPU guarantees, and a kernel that forgets a barrier reads
-//   what is not there yet. Blocks of an ordinary launch run one after another, those of a cooperative launch together.
+//   ldmatrix, mma, __syncwarp) or at __syncthreads. The last thread to arrive computes the results of all and releases
+//   them. So threads run in an order that no GPU guarantees, and a kernel that forgets a barrier reads what is not
+//   there yet. Blocks of an ordinary launch run one after another, those of a cooperative launch together.
 //   The folder of this file comes before csrc and the CUDA toolkit on the include path: it shadows cuda_runtime.h,
 //   common/launch.cuh, common/ptx.cuh and torch's new_empty; kernels and torch boundary are the product's.
 //
@@ -15,8 +15,8 @@
 //   - Addresses that ldmatrix and cp.async take are aligned and inside; so are other pointers (aligned) and indices of
 //     arrays (inside), as far as the compiler knows of them.
 //   - Errors are: threads that wait for each other or spin for ever, lanes of a warp at different collectives, an
-//     exited lane that mma or ldmatrix needs, a thread that misses grid_sync, an access that the system refuses.
-//     They end the launch as std::runtime_error, hence as RuntimeError in Python.
+//     exited lane that mma or ldmatrix needs, an access that the system refuses. They end the launch as
+//     std::runtime_error, hence as RuntimeError in Python.
 //
 // What it does not say
 //   Anything about speed. And races are sampled: one schedule is one sample. By default warps run in ascending order;
@@ -74,7 +74,6 @@ struct BarrierResult {
   int votes;    // of them, those with a predicate
 };
 BarrierResult block_barrier(const char* name, bool predicate);
-void grid_barrier();
 
 // Lets every other thread run before this one goes on: for what spins on memory (atomics, polling loads).
 void yield();

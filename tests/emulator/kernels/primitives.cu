@@ -152,18 +152,6 @@ __global__ void misaligned_copy_kernel(const float* x, int shared_offset, int gl
   ptx::cp_async_16(ptx::shared_address(smem.elems) + shared_offset, x + global_offset);
 }
 
-// ---- grids
-
-__global__ void grid_kernel(int* x, int* out, int synchronise) {  // out[block]: what the next block wrote
-  if (threadIdx.x == 0) x[blockIdx.x] = int(blockIdx.x) + 1;
-  if (synchronise != 0) grid_sync();
-  if (threadIdx.x == blockDim.x - 1) out[blockIdx.x] = x[(blockIdx.x + 1) % gridDim.x];
-}
-
-__global__ void missed_grid_sync_kernel() {
-  if (blockIdx.x != 1) grid_sync();
-}
-
 // ---- faults
 
 __global__ void poison_kernel(unsigned char* out, int bytes) {
@@ -296,17 +284,15 @@ EXPORT exited_lanes(int* out, int threads, int with_mma) {
 EXPORT atomics(int* i, float* f, unsigned long long* u) {
   return attempt<void>(false, atomics_kernel, 3, 64, i, f, u);
 }
-EXPORT ticket(int* next, int* out, int blocks) { return attempt<void>(true, ticket_kernel, blocks, 64, next, out); }
+EXPORT ticket(int* next, int* out, int blocks, int cooperative) {
+  return attempt<void>(cooperative != 0, ticket_kernel, blocks, 64, next, out);
+}
 EXPORT copy(const float* x, float* out, int pending, int valid) {
   return attempt<Stages>(false, copy_kernel, 1, 1, x, out, pending, valid);
 }
 EXPORT misaligned_copy(const float* x, int shared_offset, int global_offset) {
   return attempt<Stages>(false, misaligned_copy_kernel, 1, 1, x, shared_offset, global_offset);
 }
-EXPORT grid(int* x, int* out, int blocks, int synchronise, int cooperative) {
-  return attempt<void>(cooperative != 0, grid_kernel, blocks, 64, x, out, synchronise);
-}
-EXPORT missed_grid_sync() { return attempt<void>(true, missed_grid_sync_kernel, 3, 32); }
 EXPORT poison(unsigned char* out, int bytes) { return attempt<Tile>(false, poison_kernel, 2, 1, out, bytes); }
 EXPORT maximum(const float* x, float* out, int before, int after) {
   return attempt<Sums>(false, maximum_kernel, 1, 64, x, out, before, after);

@@ -67,6 +67,4 @@ int max_resident_blocks(void (*kernel)(KernelArgs...), int threads, int extra_by
 
 inline bool supports_cooperative_launch() { return simt::supports_cooperative_launch(); }
 
-__device__ __forceinline__ void grid_sync() { simt::grid_barrier(); }
-
 }  // namespace fastshard
