@@ -60,6 +60,7 @@ class GraphRun:
 
     def __init__(self, function: Callable[[int], object], calls: int):
         self.calls = calls
+        self._function = function  # and with it the tensors whose addresses the graph holds
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is set up on first calls must not be captured

@@ -1,12 +1,14 @@
 """Statistics, sizes of cold runs and the error measure; times themselves are not tested."""
 
 import math
+import weakref
 
 import pytest
 import torch
 
 from fastshard.bench.timing import (
     MAX_NODES,
+    GraphRun,
     Timing,
     cold_sets,
     num_calls,
@@ -91,6 +93,20 @@ def test_the_mma_kernel_multiplies(device):
     for block in range(2):
         assert sums[block].view(2, 32).double().sum(1).equal(expected)
     assert sums[2].isnan().all()
+
+
+@CUDA_ONLY
+def test_a_graph_keeps_the_tensors_of_its_calls(device):
+    x, out = torch.ones(MIB, device=device), torch.zeros(MIB, device=device)
+    inputs = weakref.ref(x)
+    run = GraphRun(lambda i, x=x: out.add_(x), 2)
+    del x
+    assert inputs() is not None
+    out.zero_()
+    run()
+    assert out.eq(2).all()
+    del run
+    assert inputs() is None
 
 
 def test_peak_memory_is_that_of_a_gpu():
