@@ -169,15 +169,7 @@ class MultiHeadAttention(PackedLinears):
         if is_counting:
             step = self.kv_cache.next_step(b, s)
         q = self._append(q, k, v, step.slots if positions is None else positions, step)
-        out = ops.cached_attention(
-            q,
-            self.kv_cache.k_cache,
-            self.kv_cache.v_cache,
-            step.kv_lengths,
-            mask=mask,
-            first_key=first_key,
-            window=self.window if mask is None else None,
-        )
+        out = self._attend(q, step.kv_lengths, mask, first_key)
         if is_counting:
             self.kv_cache.advance(b, s)
         return self.output_proj(out.flatten(2))
@@ -214,6 +206,21 @@ class MultiHeadAttention(PackedLinears):
             step.slots,
             step.overflow,
             interleaved=rope is None or rope.interleaved,
+        )
+
+    def _attend(
+        self, q: Tensor, kv_lengths: Tensor | None, mask: Tensor | None, first_key: Tensor | None
+    ) -> Tensor:
+        """Attend to the cache, which holds q's own keys and values too, or nothing else."""
+        caches = self.kv_cache.k_cache, self.kv_cache.v_cache
+        window = self.window if mask is None else None
+        if kv_lengths is not None:
+            return ops.cached_attention(
+                q, *caches, kv_lengths, mask=mask, first_key=first_key, window=window
+            )
+        k, v = (cache[: q.shape[0], :, : q.shape[1]].transpose(1, 2) for cache in caches)
+        return ops.attention(
+            q, k, v, mask=mask, causal=mask is None, first_key=first_key, window=window
         )
 
     def _attend_to_cache_only(

@@ -10,16 +10,17 @@ class CacheStep(NamedTuple):
     """Where the next tokens go: all that the layers of one forward pass need to know of a cache.
 
     Tensors on the cache's device, no Python number: a compiled or captured step takes the next
-    ones as inputs.
+    ones as inputs. Of a new prompt the host knows all lengths, and attention chooses by them.
 
     Attributes:
         slots: ``[s]`` int64, rows of the caches that the tokens are written to.
-        kv_lengths: ``[b]`` int64, rows in use once they are.
+        kv_lengths: ``[b]`` int64, rows in use once they are; None: these tokens alone, of a new
+            prompt.
         overflow: ``[1]`` int32, set by a write out of range.
     """
 
     slots: Tensor
-    kv_lengths: Tensor
+    kv_lengths: Tensor | None
     overflow: Tensor
 
 
@@ -72,9 +73,11 @@ class KVCache(nn.Module):
         self.check_room(num_rows, num_tokens, start)
         end = start + num_tokens
         indices = self._device_indices()
-        lengths = indices[end : end + 1]
-        if num_rows != 1:
-            lengths = lengths.repeat(num_rows)
+        lengths = None
+        if start > 0:
+            lengths = indices[end : end + 1]
+            if num_rows != 1:
+                lengths = lengths.repeat(num_rows)
         return CacheStep(indices[start:end], lengths, self.overflow)
 
     def check_room(self, num_rows: int, num_tokens: int, start: int | None = None) -> None:

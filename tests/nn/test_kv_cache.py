@@ -19,19 +19,21 @@ def test_steps_count_on():
     step = cache.next_step(2, 5)
     assert cache.size == 0, "asking changes nothing"
     assert step.slots.tolist() == [0, 1, 2, 3, 4]
-    assert step.kv_lengths.tolist() == [5, 5]
+    assert step.kv_lengths is None, "a new prompt has these tokens alone"
     assert step.overflow is cache.overflow
     cache.advance(2, 5)
     step = cache.next_step(1, 2)
     assert (cache.size, step.slots.tolist(), step.kv_lengths.tolist()) == (5, [5, 6], [7])
+    assert cache.next_step(2, 1).kv_lengths.tolist() == [6, 6]
     step = cache.next_step(2, 3, start=0)
-    assert (step.slots.tolist(), step.kv_lengths.tolist()) == ([0, 1, 2], [3, 3])
+    assert (step.slots.tolist(), step.kv_lengths) == ([0, 1, 2], None)
     cache.reset()
     assert cache.next_step(2, 8).slots.tolist() == list(range(8))
 
 
 def test_a_token_costs_no_memory():
     cache = build()
+    cache.advance(1, 3)
     first, second = cache.next_step(1, 1), cache.next_step(1, 2)
     storages = {t.untyped_storage().data_ptr() for s in (first, second) for t in s[:2]}
     assert len(storages) == 1
@@ -98,7 +100,7 @@ def test_made_in_inference_mode_it_works_outside():
     with torch.inference_mode():
         cache = build()
         step = cache.next_step(1, 1)
-    assert not any(tensor.is_inference() for tensor in step)
+    assert not any(tensor.is_inference() for tensor in (step.slots, step.overflow))
     k = torch.randn(1, 3, 1, 16)
     cache.update(k, k)
     assert torch.equal(cache.k_cache[0, :, 0], k[0, :, 0])
