@@ -1,4 +1,5 @@
-// torch boundary of csrc/attention: check memory safety, fill Params, dispatch on dtype, launch.
+// torch boundary of csrc/attention: check memory safety, fill Params, dispatch on dtype, launch; or torch's own attention
+// where that is faster.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -7,6 +8,8 @@
 
 #include "attention/attention.h"
 #include "attention/decode_attention.h"
+#include "common/device.h"
+#include "ops/call_op.h"
 #include "ops/check.h"
 #include "ops/stable_box.h"
 
@@ -77,6 +80,26 @@ AttentionMask mask_of(const OptionalTensor& mask, const Tensor& q, Tensor& stora
           type};
 }
 
+// Whether torch's attention takes the call and is faster. From compute capability 9.0 on cuDNN has kernels of other
+// instructions, but prepares for each new shape for 40 ms: only what makes up for that in two prompts goes there.
+bool library_is_faster(const Tensor& q, const Tensor& k, const Rules& rules) {
+  constexpr double kMinFlops = 4e11;  // 8192 causal tokens with 32 heads of 128 are 5.5e11
+  const double pairs = double(q.size(1)) * double(k.size(1)) / (rules.causal ? 2 : 1);
+  const double flops = 4 * double(q.size(0) * q.size(2) * q.size(3)) * pairs;
+  const bool is_16bit = q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16;
+  const bool is_plain = !rules.mask && !rules.kv_lengths && !rules.first_key && !rules.window && !rules.softcap;
+  const bool is_aligned_top_left = !rules.causal || q.size(1) == k.size(1);  // as torch means causal
+  return flops >= kMinFlops && is_16bit && is_plain && is_aligned_top_left && compute_capability() >= 90;
+}
+
+Tensor library_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Rules& rules) {
+  const auto by_heads = [](const Tensor& t) { return torch::stable::transpose(t, 1, 2); };
+  const Tensor out = call_op("aten::scaled_dot_product_attention", by_heads(q), by_heads(k), by_heads(v),
+                             OptionalTensor(), /*dropout_p=*/0.0, rules.causal,
+                             std::optional<double>(rules.softmax_scale), /*enable_gqa=*/q.size(2) != k.size(2));
+  return torch::stable::contiguous(by_heads(out));
+}
+
 template <typename T>
 void launch(AttentionParams& params, const Tensor& out) {
   if (decode_attention_serves(params)) return decode_attention<T>(params, current_stream(out));
@@ -106,6 +129,7 @@ Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Lay
                   "attention: head_dim must be a multiple of 8 up to ", kAttentionMaxHeadDim, ", got ", head_dim);
 
   const DeviceGuard guard(q_in);
+  if (layer_norm == nullptr && library_is_faster(q_in, k_in, rules)) return library_attention(q_in, k_in, v_in, rules);
   Tensor out = torch::stable::new_empty(q_in, shape_of(q_in));  // contiguous, whatever q's strides
   if (out.numel() == 0) return out;
   const Tensor q = with_aligned_rows(q_in), k = with_aligned_rows(k_in), v = with_aligned_rows(v_in);

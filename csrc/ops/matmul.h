@@ -1,13 +1,11 @@
 // What the ops around a weight matrix share: which weights the streaming kernels take, and torch's matmul for the rest.
 #pragma once
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
 #include <optional>
 
-#include "common/check.h"
 #include "gemv/weight_stream.h"
+#include "ops/call_op.h"
 #include "ops/check.h"
 
 namespace fastshard {
@@ -41,15 +39,6 @@ inline RowMatrix row_matrix(const Tensor& t, int64_t columns, bool aligned) {
   if (!usable) rows = torch::stable::clone(torch::stable::contiguous(rows));
   return {rows, rows.stride(0)};
 }
-
-// Call an op through the dispatcher: "aten::linear", or one of ours by FS_OP_NAME. args: the whole schema's.
-template <class... Args>
-Tensor call_op(const char* name, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-#define FS_OP_NAME(name) FS_STRINGIFY(FS_OP_NAMESPACE) "::" name
 
 // x @ weight.T + bias by torch's own kernels; x: [num_tokens, in_features].
 inline Tensor library_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -48,14 +48,20 @@ def case(
     cost = ops.COSTS["attention"](q[0], k[0], v[0], *rules)
     rows = torch.arange(0, num_tokens, -(-num_tokens // CHECKED_ROWS), device=bench.device)
 
-    def ours(i: int) -> Tensor:
-        return ops.attention(q[i], k[i], v[i], mask=mask, causal=is_causal)
+    def ours(i: int, kv_lengths: Tensor | None = None) -> Tensor:
+        return ops.attention(q[i], k[i], v[i], mask=mask, causal=is_causal, kv_lengths=kv_lengths)
 
     peers = {name: partial(_sdpa, name, q, k, v, mask, is_causal) for name in BACKENDS}
     if mask is not None:
         del peers["flash"]  # takes none
     asked = bench.settings.peers
     variants = [Variant("fastshard", lambda: ours, is_peer=False)]
+    if mask is None:
+        # The same work by our kernel, also where the op leaves it to PyTorch.
+        lengths = torch.full((batch,), num_tokens, device=bench.device)
+        variants.append(
+            Variant("fastshard kernel", lambda: partial(ours, kv_lengths=lengths), is_peer=False)
+        )
     if "sdpa" in asked:
         variants += [Variant(f"sdpa {name}", peers[name]) for name in peers]
     if "compile" in asked:

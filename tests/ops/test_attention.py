@@ -687,6 +687,32 @@ def test_runs_our_kernels(shape, device):
         assert all(part in name for part, name in zip(expected, names, strict=True))
 
 
+@CUDA_ONLY
+@pytest.mark.parametrize("scale", [None, 0.05])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_long_plain_prompt_takes_the_faster_way(causal, scale, device):
+    """From capability 9.0 on torch's own, by the rules of ours; with a window ours again."""
+    q, k, v = make_qkv(device, torch.bfloat16, s_q=8192, s_kv=8192, num_kv_heads=8, group=8)
+    rows = torch.arange(0, 8192, 455, device=device)
+    visible = torch.ones(1, len(rows), 8192, dtype=torch.bool, device=device)
+    if causal:
+        visible &= torch.arange(8192, device=device) <= rows[:, None]
+    outputs = []
+    names = cuda_kernel_names(
+        lambda: outputs.append(ops.attention(q, k, v, causal=causal, softmax_scale=scale))
+    )
+    is_ours = any("fastshard" in name for name in names)
+    assert is_ours == (torch.cuda.get_device_capability(device) < (9, 0))
+    assert outputs[0].is_contiguous()
+    golden = full_matrix(q[:, rows].double(), k.double(), v.double(), visible, softmax_scale=scale)
+    naive = full_matrix(q[:, rows], k, v, visible, softmax_scale=scale)
+    assert_as_accurate(outputs[0][:, rows], golden, naive)
+    names = cuda_kernel_names(lambda: ops.attention(q, k, v, causal=True, window=9000))
+    assert all("fastshard" in name for name in names)
+    names = cuda_kernel_names(lambda: ops.attention(q[:, :-8], k, v, causal=True))
+    assert all("fastshard" in name for name in names), "torch aligns the causal rule elsewhere"
+
+
 def test_cost():
     """A causal square of 4 has 10 of 16 pairs, a window of 2 leaves 7."""
     q, k, v = make_qkv("cpu", torch.float16, b=2, s_q=4, s_kv=4, group=2, head_dim=8)
