@@ -1,8 +1,10 @@
-// torch boundary of csrc/mlp: few rows go to the one-launch kernel, others to torch's matmul and the activation kernel.
+// torch boundary of csrc/mlp: few rows go to the one-launch kernel, others to the products by tiles, or to torch's
+// matmul and the activation kernel.
 #include "mlp/fused_mlp.h"
 
 #include <algorithm>
 
+#include "mlp/tiled_mlp.h"
 #include "ops/activation.h"
 #include "ops/check.h"
 #include "ops/matmul.h"
@@ -21,35 +23,110 @@ Tensor library_rows(const Tensor& x, const Tensor& gate_up_weight, const Tensor&
 }
 
 // So many rows at a time, so that gate, up and hidden do not grow with a long prompt.
-constexpr int64_t kLibraryTokens = 4096;
+constexpr int64_t kRowsAtATime = 4096;
+
+// Calls run(x, residual, out) for kRowsAtATime rows after another. x: [num_tokens, hidden_size], residual as x.
+template <typename Run>
+void for_each_rows(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& out, Run run) {
+  const int64_t num_tokens = x.size(0);
+  for (int64_t begin = 0; begin < num_tokens; begin += kRowsAtATime) {
+    const auto part = [&](const Tensor& whole) {
+      Tensor view = whole;  // narrow takes a reference that it may change
+      return torch::stable::narrow(view, 0, begin, std::min(kRowsAtATime, num_tokens - begin));
+    };
+    std::optional<Tensor> residual_part;
+    if (residual) residual_part = part(*residual);
+    run(part(x), residual_part, part(out));
+  }
+}
 
 Tensor library_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight, Activation activation,
                     const std::optional<Tensor>& residual) {
   const int64_t hidden_size = x.size(x.dim() - 1), num_tokens = x.numel() / hidden_size;
-  if (num_tokens <= kLibraryTokens) {
+  if (num_tokens <= kRowsAtATime) {
     return torch::stable::contiguous(library_rows(x, gate_up_weight, down_weight, activation, residual));
   }
   const Tensor rows = torch::stable::reshape(x, {num_tokens, hidden_size});
   std::optional<Tensor> residual_rows;
   if (residual) residual_rows = torch::stable::reshape(*residual, {num_tokens, hidden_size});
-  Tensor out = torch::stable::new_empty(x, {num_tokens, hidden_size});
-  for (int64_t begin = 0; begin < num_tokens; begin += kLibraryTokens) {
-    const auto part = [&](const Tensor& whole) {
-      Tensor view = whole;  // narrow takes a reference that it may change
-      return torch::stable::narrow(view, 0, begin, std::min(kLibraryTokens, num_tokens - begin));
-    };
-    std::optional<Tensor> residual_part;
-    if (residual) residual_part = part(*residual_rows);
-    Tensor to = part(out);
-    torch::stable::copy_(to, library_rows(part(rows), gate_up_weight, down_weight, activation, residual_part));
-  }
+  const Tensor out = torch::stable::new_empty(x, {num_tokens, hidden_size});
+  for_each_rows(rows, residual_rows, out, [&](const Tensor& x_part, const auto& residual_part, Tensor to) {
+    torch::stable::copy_(to, library_rows(x_part, gate_up_weight, down_weight, activation, residual_part));
+  });
   return torch::stable::reshape(out, shape_of(x));
+}
+
+// Whether tiled_mlp can read this weight in place.
+bool can_tile(const Tensor& weight) { return can_stream(weight) && weight.stride(0) <= kGemmMaxStride; }
+
+// A copy where x's strides are not such that the kernels can read it.
+Tensor tiled_rows(const Tensor& x, int64_t columns) {
+  const Tensor rows = row_matrix(x, columns, /*aligned=*/true).tensor;
+  const bool is_matrix = rows.dim() == 2 && rows.stride(0) <= kGemmMaxStride;
+  return is_matrix ? rows : torch::stable::reshape(torch::stable::contiguous(rows), {-1, columns});
+}
+
+Tensor tiled_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight, Activation activation,
+                  const std::optional<Tensor>& residual, GemmTileSize tile) {
+  const int64_t hidden_size = x.size(x.dim() - 1), intermediate_size = down_weight.size(1);
+  const Tensor rows = tiled_rows(x, hidden_size);
+  std::optional<Tensor> residual_rows;
+  if (residual) residual_rows = tiled_rows(*residual, hidden_size);
+  const Tensor out = torch::stable::new_empty(x, {rows.size(0), hidden_size});
+  const Tensor hidden = torch::stable::new_empty(x, {std::min(rows.size(0), kRowsAtATime), intermediate_size});
+  const cudaStream_t stream = current_stream(x);
+  for_each_rows(rows, residual_rows, out, [&](const Tensor& x_part, const auto& residual_part, const Tensor& out_part) {
+    const TiledMlpParams params{x_part.const_data_ptr(),
+                                gate_up_weight.const_data_ptr(),
+                                down_weight.const_data_ptr(),
+                                residual_part ? residual_part->const_data_ptr() : nullptr,
+                                hidden.mutable_data_ptr(),
+                                out_part.mutable_data_ptr(),
+                                x_part.stride(0),
+                                gate_up_weight.stride(0),
+                                down_weight.stride(0),
+                                residual_part ? residual_part->stride(0) : 0,
+                                int(x_part.size(0)),
+                                int(hidden_size),
+                                int(intermediate_size),
+                                activation,
+                                tile};
+    if (x.scalar_type() == ScalarType::Half) {
+      tiled_mlp<__half>(params, stream);
+    } else {
+      tiled_mlp<__nv_bfloat16>(params, stream);
+    }
+  });
+  return torch::stable::reshape(out, shape_of(x));
+}
+
+// How to multiply many rows: by torch, or by tiles of a size.
+struct Variant {
+  bool library = false;
+  GemmTileSize tile = GemmTileSize::kAuto;
+};
+
+// "auto" is a heuristic, until a table of measurements serves: torch's products use instructions of compute capability
+// 9.0 that pass what those of 8.x reach; on 8.x both use the same, and ours need no gate and up in memory.
+Variant variant_of(const std::string& name) {
+  if (name == "library") return {true};
+  if (name == "tiles") return {};
+  if (name == "tiles_128x256") return {false, GemmTileSize::k128x256};
+  if (name == "tiles_128x128") return {false, GemmTileSize::k128x128};
+  if (name == "tiles_64x128") return {false, GemmTileSize::k64x128};
+  STD_TORCH_CHECK(name == "auto", "fused_mlp: variant must be auto, library, tiles, tiles_128x256, tiles_128x128 or ",
+                  "tiles_64x128, got ", name);
+  int device = 0, major = 0;
+  FS_CUDA_CHECK(cudaGetDevice(&device));
+  FS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return {major != 8};
 }
 
 }  // namespace
 
 Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight,
-                      const std::string& activation, const std::optional<Tensor>& residual) {
+                      const std::string& activation, const std::optional<Tensor>& residual,
+                      const std::string& variant) {
   STD_TORCH_CHECK(x.dim() >= 1 && gate_up_weight.dim() == 2 && down_weight.dim() == 2, "fused_mlp: wrong dimensions");
   const int64_t hidden_size = x.size(x.dim() - 1), intermediate_size = gate_up_weight.size(0) / 2;
   STD_TORCH_CHECK(hidden_size > 0 && intermediate_size > 0 && gate_up_weight.size(0) == 2 * intermediate_size &&
@@ -69,8 +146,14 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
   const DeviceGuard guard(x);
   if (x.numel() == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / hidden_size;
-  if (num_tokens > kFusedMlpMaxTokens || !can_stream(gate_up_weight) || !can_stream(down_weight)) {
-    return library_path(x, gate_up_weight, down_weight, parsed, residual);
+  const bool streams = variant == "auto" && num_tokens <= kFusedMlpMaxTokens && can_stream(gate_up_weight) &&
+                       can_stream(down_weight);
+  if (!streams) {
+    const Variant many = variant_of(variant);
+    if (many.library || !can_tile(gate_up_weight) || !can_tile(down_weight)) {
+      return library_path(x, gate_up_weight, down_weight, parsed, residual);
+    }
+    return tiled_path(x, gate_up_weight, down_weight, parsed, residual, many.tile);
   }
   Tensor out = torch::stable::new_empty(x, shape);
   const RowMatrix rows = row_matrix(x, hidden_size, /*aligned=*/true);

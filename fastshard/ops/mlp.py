@@ -1,8 +1,9 @@
 """Gated MLP as one op: schema, checks, public function, fake kernel, CPU reference, cost.
 
-CUDA: csrc/mlp runs 1 to 16 rows in one launch, torch's matmul and the activation kernel serve more;
-both bound in csrc/ops/mlp.cpp. The CPU reference is the specification: it fixes where values are
-rounded.
+CUDA: csrc/mlp runs 1 to 16 rows in one launch. More rows go, by the raw op's ``variant``, to two
+products by tiles on tensor cores (csrc/gemm) or to torch's matmul and the activation kernel; csrc/
+ops/mlp.cpp binds all and chooses. The CPU reference is the specification: it fixes where values
+are rounded.
 """
 
 import torch
@@ -15,7 +16,7 @@ from fastshard.ops.linear import matmul_in_float32
 
 define(
     "fused_mlp(Tensor x, Tensor gate_up_weight, Tensor down_weight, str activation, "
-    "Tensor? residual) -> Tensor"
+    "Tensor? residual, str variant='auto') -> Tensor"
 )
 
 
@@ -77,6 +78,7 @@ def _(
     down_weight: Tensor,
     activation: str,
     residual: Tensor | None,
+    variant: str = "auto",
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -88,6 +90,7 @@ def _(
     down_weight: Tensor,
     activation: str,
     residual: Tensor | None,
+    variant: str = "auto",
 ) -> Tensor:
     gate, up = matmul_in_float32(x, gate_up_weight).unflatten(-1, (-1, 2)).unbind(-1)
     hidden = (ACTIVATIONS[activation](gate) * up).to(x.dtype)
@@ -104,6 +107,7 @@ def _(
     down_weight: Tensor,
     activation: str,
     residual: Tensor | None,
+    variant: str = "auto",
 ) -> Cost:
     weights = gate_up_weight.numel() + down_weight.numel()
     numel = 2 * x.numel() + weights + (0 if residual is None else residual.numel())

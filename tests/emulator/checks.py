@@ -136,6 +136,17 @@ def fused_mlp():
     )
 
 
+@check("mlp/tiled_mlp.cu")
+def tiled_mlp():
+    """Several tiles a block, all ragged; more stages than the ring holds, the last one ragged."""
+    x = inside_nan(150, 200, dtype=torch.float16)
+    gate_up_weight = inside_nan(2 * 88, 200, dtype=torch.float16, scale=200**-0.5)
+    down_weight = inside_nan(200, 88, dtype=torch.float16, scale=88**-0.5)
+    arguments = x, gate_up_weight, down_weight, "silu", inside_nan(150, 200, dtype=torch.float16)
+    variants = ("tiles_128x256", "tiles_128x128", "tiles_64x128")
+    return lambda: tuple(torch.ops.fastshard.fused_mlp.default(*arguments, v) for v in variants)
+
+
 @check("attention/attention_64.cu")
 def attention():
     """Several tiles, the last ragged, NaN in the cache: prefill; and few rows, their keys split."""

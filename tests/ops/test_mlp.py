@@ -18,6 +18,8 @@ from helpers import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_DTYPES = [torch.float16, torch.bfloat16]
 NAN = float("nan")
+TILES = ["tiles_128x256", "tiles_128x128", "tiles_64x128"]
+VARIANTS = ["library", "tiles", *TILES]
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -68,6 +70,20 @@ def make(num_tokens, hidden_size, intermediate_size, dtype, device):
 def check(arguments: dict) -> None:
     actual = ops.fused_mlp(**arguments)
     assert actual.is_contiguous()
+    assert_as_accurate(actual, golden(**arguments), eager(**arguments))
+
+
+def run_variant(arguments: dict, variant: str, activation: str = "silu") -> Tensor:
+    a = arguments
+    return torch.ops.fastshard.fused_mlp.default(
+        a["x"], a["gate_up_weight"], a["down_weight"], activation, a["residual"], variant
+    )
+
+
+def check_variant(arguments: dict, variant: str, activation: str = "silu") -> None:
+    actual = run_variant(arguments, variant, activation)
+    assert actual.is_contiguous()
+    arguments = {**arguments, "activation": activation}
     assert_as_accurate(actual, golden(**arguments), eager(**arguments))
 
 
@@ -133,6 +149,66 @@ def test_model_sizes(hidden_size, intermediate_size, dtype, device):
     check(make(3, hidden_size, intermediate_size, dtype, device))
 
 
+# Tiles are 64 or 128 rows; the last rows of one repeat, but for what is stored.
+@KERNELS_ONLY
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 127, 128, 129, 257])
+@pytest.mark.parametrize("variant", TILES)
+def test_rows_of_tiles(variant, num_tokens, dtype, device):
+    check_variant(make(num_tokens, 72, 88, dtype, device), variant)
+
+
+# Tiles are 128 or 256 columns of hidden_size, or of twice intermediate_size, by 32 columns a stage.
+@KERNELS_ONLY
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size"),
+    [(8, 8), (24, 56), (32, 64), (40, 72), (120, 120), (128, 128), (136, 136), (256, 8), (264, 32)],
+)
+@pytest.mark.parametrize("variant", TILES)
+def test_sizes_of_tiles(variant, hidden_size, intermediate_size, dtype, device):
+    check_variant(make(70, hidden_size, intermediate_size, dtype, device), variant)
+
+
+# More tiles than blocks of the emulator, in more than one band of 16 rows of tiles.
+@KERNELS_ONLY
+@pytest.mark.parametrize("variant", TILES)
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "intermediate_size"), [(2200, 24, 40), (300, 264, 776)]
+)
+def test_many_tiles(num_tokens, hidden_size, intermediate_size, variant, device):
+    check_variant(make(num_tokens, hidden_size, intermediate_size, torch.bfloat16, device), variant)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [33, 520, 2048])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_model_sizes_of_variants(variant, num_tokens, dtype, device):
+    check_variant(make(num_tokens, 3584, 9480, dtype, device), variant)
+
+
+# All sum over the same columns in the same order.
+@KERNELS_ONLY
+@pytest.mark.parametrize("num_tokens", [20, 200])
+def test_tile_sizes_give_the_same(num_tokens, device):
+    a = make(num_tokens, 264, 136, torch.bfloat16, device)
+    first, *others = (run_variant(a, variant) for variant in TILES)
+    for other in others:
+        assert torch.equal(first, other)
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activations_of_variants(variant, activation, with_residual, device):
+    a = make(20, 72, 40, torch.float16, device)
+    if not with_residual:
+        a["residual"] = None
+    check_variant(a, variant, activation)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [2, 17])
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -183,16 +259,28 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=2**-10, atol=2**-6)
 
 
+def inside_nan(arguments: dict) -> dict:
+    """The same values with NaN around each row, and before and after all rows."""
+    strided = {}
+    for name, tensor in arguments.items():
+        rows, columns = tensor.shape
+        padded = tensor.new_full((rows + 2, columns + 24), NAN)
+        strided[name] = padded[1:-1, 8 : 8 + columns]
+        strided[name].copy_(tensor)
+    return strided
+
+
 @pytest.mark.parametrize("num_tokens", [5, 20])
 def test_memory_around_the_arguments_is_not_read(num_tokens, device):
     a = make(num_tokens, 72, 40, torch.float16, device)
-    strided = {}
-    for name, tensor in a.items():
-        rows, columns = tensor.shape
-        padded = torch.full((rows + 2, columns + 24), NAN, dtype=torch.float16, device=device)
-        strided[name] = padded[1:-1, 8 : 8 + columns]
-        strided[name].copy_(tensor)
-    assert_same(ops.fused_mlp(**strided), ops.fused_mlp(**a))
+    assert_same(ops.fused_mlp(**inside_nan(a)), ops.fused_mlp(**a))
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("variant", TILES)
+def test_tiles_read_nothing_around_the_arguments(variant, device):
+    a = make(70, 72, 40, torch.float16, device)
+    assert torch.equal(run_variant(inside_nan(a), variant), run_variant(a, variant))
 
 
 @pytest.mark.parametrize("name", ["x", "gate_up_weight", "down_weight", "residual"])
@@ -284,6 +372,13 @@ def test_raw_op_guards_memory(name, part, message, device):
         torch.ops.fastshard.fused_mlp.default(*args)
 
 
+@KERNELS_ONLY
+def test_raw_op_rejects_another_variant(device):
+    a = make(2, 64, 40, torch.float16, device)
+    with pytest.raises(RuntimeError, match=r"variant must be auto, library, .*, got tile"):
+        run_variant(a, "tile")
+
+
 @pytest.mark.parametrize("num_tokens", [3, 17])
 def test_traces_without_a_graph_break(num_tokens, device):
     a = make(num_tokens, 64, 40, torch.float16, device)
@@ -318,6 +413,24 @@ def test_runs_one_kernel_of_ours(num_tokens, device):
     names = cuda_kernel_names(lambda: ops.fused_mlp(**a))
     assert len(names) == 1
     assert "fastshard::fused_mlp_kernel" in names[0]
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("variant", TILES)
+def test_tiles_replay_in_a_graph(variant, device):
+    a = make(200, 256, 96, torch.float16, device)
+    assert_replays_in_a_graph(lambda: run_variant(a, variant), a["x"])
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("variant", ["auto", *VARIANTS])
+def test_kernels_of_many_rows(variant, device):
+    a = make(200, 256, 96, torch.float16, device)
+    names = cuda_kernel_names(lambda: run_variant(a, variant))
+    ours = sum("fastshard::gemm_kernel" in name for name in names)
+    tiles = torch.cuda.get_device_capability()[0] == 8 if variant == "auto" else "tiles" in variant
+    assert ours == 2 * tiles
+    assert not tiles or len(names) == 2
 
 
 @EMULATOR_ONLY
