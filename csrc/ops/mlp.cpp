@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/device.h"
 #include "mlp/tiled_mlp.h"
 #include "ops/activation.h"
 #include "ops/check.h"
@@ -116,10 +117,7 @@ Variant variant_of(const std::string& name) {
   if (name == "tiles_64x128") return {false, GemmTileSize::k64x128};
   STD_TORCH_CHECK(name == "auto", "fused_mlp: variant must be auto, library, tiles, tiles_128x256, tiles_128x128 or ",
                   "tiles_64x128, got ", name);
-  int device = 0, major = 0;
-  FS_CUDA_CHECK(cudaGetDevice(&device));
-  FS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return {major != 8};
+  return {compute_capability() >= 90};
 }
 
 }  // namespace
