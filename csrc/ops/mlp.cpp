@@ -23,17 +23,22 @@ Tensor library_rows(const Tensor& x, const Tensor& gate_up_weight, const Tensor&
   return residual ? library_add(out, *residual) : out;
 }
 
-// So many rows at a time, so that gate, up and hidden do not grow with a long prompt.
-constexpr int64_t kRowsAtATime = 4096;
+// So many rows at a time that what is between the products stays small beside the prompt's own rows: a quarter of them,
+// but no fewer than `least`, and no more than kMaxRows.
+int64_t rows_at_a_time(int64_t num_tokens, int64_t least) {
+  constexpr int64_t kStep = 512, kMaxRows = 4096;
+  return std::min(kMaxRows, (std::max(num_tokens / 4, least) + kStep - 1) / kStep * kStep);
+}
 
-// Calls run(x, residual, out) for kRowsAtATime rows after another. x: [num_tokens, hidden_size], residual as x.
+// Calls run(x, residual, out) for rows_each rows after another. x: [num_tokens, hidden_size], residual and out as x.
 template <typename Run>
-void for_each_rows(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& out, Run run) {
+void for_each_rows(int64_t rows_each, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& out,
+                   Run run) {
   const int64_t num_tokens = x.size(0);
-  for (int64_t begin = 0; begin < num_tokens; begin += kRowsAtATime) {
+  for (int64_t begin = 0; begin < num_tokens; begin += rows_each) {
     const auto part = [&](const Tensor& whole) {
       Tensor view = whole;  // narrow takes a reference that it may change
-      return torch::stable::narrow(view, 0, begin, std::min(kRowsAtATime, num_tokens - begin));
+      return torch::stable::narrow(view, 0, begin, std::min(rows_each, num_tokens - begin));
     };
     std::optional<Tensor> residual_part;
     if (residual) residual_part = part(*residual);
@@ -44,14 +49,16 @@ void for_each_rows(const Tensor& x, const std::optional<Tensor>& residual, const
 Tensor library_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight, Activation activation,
                     const std::optional<Tensor>& residual) {
   const int64_t hidden_size = x.size(x.dim() - 1), num_tokens = x.numel() / hidden_size;
-  if (num_tokens <= kRowsAtATime) {
+  // The first product of so many rows, of 1.2e11 FLOPs, is large enough to keep an H200 as busy as more would.
+  const int64_t rows_each = rows_at_a_time(num_tokens, int64_t(6e10) / gate_up_weight.numel());
+  if (num_tokens <= rows_each) {
     return torch::stable::contiguous(library_rows(x, gate_up_weight, down_weight, activation, residual));
   }
   const Tensor rows = torch::stable::reshape(x, {num_tokens, hidden_size});
   std::optional<Tensor> residual_rows;
   if (residual) residual_rows = torch::stable::reshape(*residual, {num_tokens, hidden_size});
   const Tensor out = torch::stable::new_empty(x, {num_tokens, hidden_size});
-  for_each_rows(rows, residual_rows, out, [&](const Tensor& x_part, const auto& residual_part, Tensor to) {
+  for_each_rows(rows_each, rows, residual_rows, out, [&](const Tensor& x_part, const auto& residual_part, Tensor to) {
     torch::stable::copy_(to, library_rows(x_part, gate_up_weight, down_weight, activation, residual_part));
   });
   return torch::stable::reshape(out, shape_of(x));
@@ -74,9 +81,10 @@ Tensor tiled_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& d
   std::optional<Tensor> residual_rows;
   if (residual) residual_rows = tiled_rows(*residual, hidden_size);
   const Tensor out = torch::stable::new_empty(x, {rows.size(0), hidden_size});
-  const Tensor hidden = torch::stable::new_empty(x, {std::min(rows.size(0), kRowsAtATime), intermediate_size});
+  const int64_t rows_each = rows_at_a_time(rows.size(0), /*least=*/1024);
+  const Tensor hidden = torch::stable::new_empty(x, {std::min(rows.size(0), rows_each), intermediate_size});
   const cudaStream_t stream = current_stream(x);
-  for_each_rows(rows, residual_rows, out, [&](const Tensor& x_part, const auto& residual_part, const Tensor& out_part) {
+  const auto run = [&](const Tensor& x_part, const auto& residual_part, const Tensor& out_part) {
     const TiledMlpParams params{x_part.const_data_ptr(),
                                 gate_up_weight.const_data_ptr(),
                                 down_weight.const_data_ptr(),
@@ -97,7 +105,8 @@ Tensor tiled_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& d
     } else {
       tiled_mlp<__nv_bfloat16>(params, stream);
     }
-  });
+  };
+  for_each_rows(rows_each, rows, residual_rows, out, run);
   return torch::stable::reshape(out, shape_of(x));
 }
 

@@ -64,6 +64,23 @@ def case(
         "compile": compiled,
         "autotune": lambda: compiled(mode="max-autotune-no-cudagraphs"),
     }
+    variants = [
+        Variant(
+            "fastshard",
+            lambda: lambda i: ops.fused_mlp(x[i], interleaved[i], down[i]),
+            is_peer=False,
+        )
+    ]
+    if limit == "mma":
+        # Our products, also where the op leaves them to PyTorch.
+        raw = torch.ops.fastshard.fused_mlp.default
+        variants.append(
+            Variant(
+                "fastshard tiles",
+                lambda: lambda i: raw(x[i], interleaved[i], down[i], "silu", None, "tiles"),
+                is_peer=False,
+            )
+        )
     return Case(
         name=name,
         shape=shape,
@@ -71,12 +88,7 @@ def case(
         num_bytes=cost.bytes,
         flops=cost.flops,
         golden=lambda: _plain_mlp(*(t[0].double() for t in (x, gate_up, down))),
-        variants=[
-            Variant(
-                "fastshard", lambda: lambda i: ops.fused_mlp(x[i], interleaved[i], down[i]), False
-            ),
-            *bench.peers(peers),
-        ],
+        variants=[*variants, *bench.peers(peers)],
         make_run=make_run,
         limit=limit,
     )

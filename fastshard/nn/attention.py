@@ -169,6 +169,7 @@ class MultiHeadAttention(PackedLinears):
         if is_counting:
             step = self.kv_cache.next_step(b, s)
         q = self._append(q, k, v, step.slots if positions is None else positions, step)
+        del k, v  # views of a product that takes more memory than any other tensor here
         out = self._attend(q, step.kv_lengths, mask, first_key)
         if is_counting:
             self.kv_cache.advance(b, s)

@@ -308,10 +308,10 @@ SDPA = {"fastshard", "sdpa flash", "sdpa math"}
             "prefill",
             10,
             {
-                "attn causal": SDPA,
-                "attn full": SDPA,
+                "attn causal": SDPA | {"fastshard kernel"},
+                "attn full": SDPA | {"fastshard kernel"},
                 "attn mask": SDPA - {"sdpa flash"},
-                "mlp": OURS_AND_EAGER,
+                "mlp": OURS_AND_EAGER | {"fastshard tiles"},
                 "tiny": OURS_AND_EAGER,
             },
         ),
