@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import fastshard
 from fastshard.decode import MODES
+from fastshard.token_loop import DEFAULT_PREFILL_CHUNK_SIZE
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _BENCHMARKS = ("attention", "linear", "mlp", "norm", "prefill", "decode", "start")
@@ -92,6 +93,13 @@ def _add_generate(commands) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     add("--chat", action="store_true", help="put the prompt into the chat template")
     add("--decode", choices=MODES, help="default: FASTSHARD_DECODE, else auto")
+    add(
+        "--prefill-chunk-size",
+        type=_count,
+        metavar="N",
+        default=DEFAULT_PREFILL_CHUNK_SIZE,
+        help="tokens of the prompt at a time, for less memory (default: %(default)s)",
+    )
 
 
 def _add_bench(commands) -> None:
@@ -204,6 +212,7 @@ def run_generate(args: argparse.Namespace) -> int:
         stop=args.stop,
         chat=args.chat,
         decode=args.decode,
+        prefill_chunk_size=args.prefill_chunk_size,
     )
     for piece in stream:
         sys.stdout.write(piece)

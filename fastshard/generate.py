@@ -11,7 +11,14 @@ from fastshard.decode import check_mode
 from fastshard.models import ModelConfig, ShardedGeneralModel
 from fastshard.sampling import Sampling
 from fastshard.text import Detokenizer, StopFilter
-from fastshard.token_loop import DEFAULT_NEW_TOKENS, check_room, read_behind, token_steps
+from fastshard.token_loop import (
+    DEFAULT_NEW_TOKENS,
+    DEFAULT_PREFILL_CHUNK_SIZE,
+    check_chunk_size,
+    check_room,
+    read_behind,
+    token_steps,
+)
 
 
 class TextGenerator:
@@ -34,6 +41,7 @@ class TextGenerator:
         stop: str | Sequence[str] = (),
         chat: bool = False,
         decode: str | None = None,
+        prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
     ) -> "TextStream":
         """Continue ``prompt``, piece by piece.
 
@@ -50,6 +58,8 @@ class TextGenerator:
             chat: Put the prompt into the checkpoint's chat template.
             decode: ``auto``, ``persistent``, ``graph`` or ``eager``, see ``fastshard.decode``;
                 None: as ``FASTSHARD_DECODE`` says, else auto.
+            prefill_chunk_size: At most so many tokens of the prompt at a time, for the memory that
+                they take beside the cache.
 
         Returns:
             An iterator over pieces of text, whole characters each.
@@ -75,7 +85,8 @@ class TextGenerator:
             seed=seed,
         )
         stops = [stop] if isinstance(stop, str) else list(stop)
-        return TextStream(self, tokens, max_new_tokens, sampling, stops, check_mode(decode))
+        mode = check_mode(decode)
+        return TextStream(self, tokens, max_new_tokens, sampling, stops, mode, prefill_chunk_size)
 
 
 class ShardChain(TextGenerator):
@@ -148,11 +159,14 @@ class TextStream:
         sampling: Sampling,
         stops: Sequence[str],
         mode: str = "auto",
+        prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
     ):
         self.num_prompt_tokens, self.num_tokens = len(prompt), 0
         self.prefill_seconds = self.decode_seconds = 0.0
         room = check_room(model, [prompt], max_new_tokens)
-        self._steps = read_behind(token_steps(model, [prompt], room, sampling, mode))
+        check_chunk_size(prefill_chunk_size)
+        steps = token_steps(model, [prompt], room, sampling, mode, prefill_chunk_size)
+        self._steps = read_behind(steps)
         self._eos_tokens = set(model.generation_defaults.eos_tokens)
         self._detokenizer = Detokenizer(model.tokenizer.decode, prompt)
         self._stop_filter = StopFilter(stops)

@@ -72,6 +72,34 @@ def test_rows_of_a_batch_are_as_if_alone(model):
     assert together == alone
 
 
+@pytest.mark.parametrize("ends", [(2,), (0, 2)])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 6, 7, 8])
+def test_a_prompt_in_chunks(path, ends, chunk_size, monkeypatch):
+    """Rows whose padding fills whole chunks too; the cache is made once."""
+    prompts = [[40, 41, 42], [43], [44, 45, 46, 47, 48, 49, 50]]
+    expected = generate_batch(load_chain(path, *ends), prompts, max_new_tokens=20)
+    chain, lengths = load_chain(path, *ends), []
+    for shard in chain.models:
+        shard.max_generated_tokens = 0
+    generate = chain.generate
+    monkeypatch.setattr(
+        chain,
+        "generate",
+        lambda tokens, **rest: (lengths.append(tokens.shape[1]), generate(tokens, **rest))[1],
+    )
+    settings = {"max_new_tokens": 20, "prefill_chunk_size": chunk_size}
+    assert generate_batch(chain, prompts, **settings, decode="eager") == expected
+    assert lengths[: -(-7 // chunk_size)] == [chunk_size] * (7 // chunk_size) + (
+        [7 % chunk_size] if 7 % chunk_size else []
+    )
+    assert chain.models[0].model.any_cache.max_seq_len == 27
+
+
+def test_a_stream_in_chunks(model):
+    expected = "".join(model.stream("abcdefg", max_new_tokens=9))
+    assert "".join(model.stream("abcdefg", max_new_tokens=9, prefill_chunk_size=2)) == expected
+
+
 def test_rows_of_a_batch_end_where_their_own_end_token_is(model):
     prompts = [[40, 41, 42], [43], [44, 45]]
     free = generate_batch(model, prompts, max_new_tokens=20)
@@ -244,6 +272,7 @@ def test_a_prompt_as_long_as_the_context_raises(model, length):
     [
         ({"prompt": ""}, "prompt must have at least one token, got none"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size must be at least 1, got 0"),
         ({"temperature": float("nan")}, "temperature must be finite and at least 0, got nan"),
         ({"stop": ""}, r"stop must be non-empty strings, got \[''\]"),
     ],
