@@ -16,9 +16,9 @@
 
 namespace fastshard {
 
-// What a kernel does to scores beside the key ranges of visibility.cuh: nothing, a bool mask that MaskBytes can load, or
-// all that AttentionParams has.
-enum class AttentionRules { kRanges, kMaskBytes, kAll };
+// What a kernel does to scores beside the key ranges of visibility.cuh: nothing, a mask that MaskBytes or MaskValues can
+// load, or all that AttentionParams has.
+enum class AttentionRules { kRanges, kMaskBytes, kMaskValues, kAll };
 
 template <int kHeadDim_, int kRowWarps_, int kRowTiles_, int kKeyWarps_, int kWarpKeys_, int kMinBlocks_,
           bool kQueryInRegisters_, AttentionRules kRules_>
@@ -249,7 +249,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
   }
 
   const ScoreRule rule(p);
-  const float exp_scale = Config::kRules == AttentionRules::kAll ? rule.exp_scale() : rule.scale;
+  const float exp_scale = Config::kRules == AttentionRules::kAll          ? rule.exp_scale()
+                          : Config::kRules == AttentionRules::kMaskValues ? 1.f
+                                                                          : rule.scale;
   LazySoftmax<kRowTiles> softmax;
   float out[kRowTiles][kHeadDim / 8][4] = {};
   int stage = 0;
@@ -288,6 +290,14 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
         apply_rules<2>(scores[r], p, rule, work.batch, rows, key, all_visible);
       } else {
         if constexpr (Config::kRules == AttentionRules::kMaskBytes) mask.hide(scores[r], r);
+        if constexpr (Config::kRules == AttentionRules::kMaskValues) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            MaskValues<T, Order::kSpan> values;
+            values.load(p, work.batch, smem.rows.token[row + 16 * r + 8 * half], key);
+            values.add(scores[r], half, rule.scale);
+          }
+        }
         if (!all_visible) hide_keys<2>(scores[r], ThreadRows(smem.rows, row + 16 * r), key);
       }
     }

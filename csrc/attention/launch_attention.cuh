@@ -64,6 +64,9 @@ struct AttentionLauncher {
     if (p.softcap == 0.f && has_mask_bytes<Prefill::kWarpKeys / 4>(p.mask)) {
       return function.template operator()<typename Configs::template Prefill<kMaskBytes>>();
     }
+    if (p.softcap == 0.f && has_mask_values<T>(p.mask)) {
+      return function.template operator()<typename Configs::template Prefill<kMaskValues>>();
+    }
     return function.template operator()<typename Configs::template Small<kAll>>();
   }
 

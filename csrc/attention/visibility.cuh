@@ -3,6 +3,8 @@
 // A query token sees one range of keys (lengths, first key, causal rule, window); a mask may hide keys within it.
 // Both ends of the range grow with the token, so a block of tokens needs the range of its first and its last only.
 #pragma once
+#include <type_traits>
+
 #include "attention/attention.h"
 #include "common/vec.cuh"
 
@@ -62,7 +64,12 @@ __device__ __forceinline__ KeyRange visible_keys(const AttentionParams& p, RowBo
   return keys;
 }
 
-// An additive mask in base 2. The lowest float32 stays finite, so that a row of nothing else is a plain mean.
+// What an additive mask adds, in base 2. The lowest float32 stays finite, so that a row of nothing else is a plain mean.
+__device__ __forceinline__ float mask_to_base2(float value) {
+  return fmaxf(value * kLog2e, value == -INFINITY ? value : -1e38f);
+}
+
+// An element of any mask, in base 2.
 __device__ __forceinline__ float additive_mask(const AttentionMask& mask, int batch, int token, int key) {
   const int64_t offset = batch * mask.batch_stride + token * mask.query_stride + key * mask.key_stride;
   float value = 0.f;
@@ -72,7 +79,7 @@ __device__ __forceinline__ float additive_mask(const AttentionMask& mask, int ba
     case AttentionMaskType::kBfloat16: value = to_float(static_cast<const __nv_bfloat16*>(mask.data)[offset]); break;
     default: return static_cast<const bool*>(mask.data)[offset] ? 0.f : -INFINITY;
   }
-  return value == -INFINITY ? value : fmaxf(value * kLog2e, -1e38f);
+  return mask_to_base2(value);
 }
 
 // How a thread turns q.k into base-2 scores; `exp_scale` is what then remains to be multiplied with, inside exp2.
@@ -173,6 +180,50 @@ struct MaskBytes {
         const int at = n * 2 + e % 2;
         if ((words[2 * r + e / 2][at / 4] & 0xffu << at % 4 * 8) == 0) scores[n][e] = -INFINITY;
       }
+    }
+  }
+};
+
+// Whether MaskValues can load the mask: of T, 16-byte aligned rows.
+template <typename T>
+inline bool has_mask_values(const AttentionMask& mask) {
+  constexpr auto kType = std::is_same_v<T, __half> ? AttentionMaskType::kFloat16 : AttentionMaskType::kBfloat16;
+  const int64_t bits = reinterpret_cast<int64_t>(mask.data) | mask.batch_stride * 2 | mask.query_stride * 2;
+  return mask.type == kType && mask.key_stride == 1 && bits % 16 == 0;
+}
+
+// An additive mask over the kSpan neighbouring keys from `key` on of one row.
+template <typename T, int kSpan>
+struct MaskValues {
+  static_assert(kSpan % Vec<T>::kSize == 0);
+  Vec<T> values[kSpan / Vec<T>::kSize];
+
+  // key: a multiple of kSpan. No element from max_keys on is read.
+  __device__ __forceinline__ void load(const AttentionParams& p, int batch, int token, int key) {
+    const T* const from = static_cast<const T*>(p.mask.data) + batch * p.mask.batch_stride +
+                          token * p.mask.query_stride + key;
+    const bool is_whole = key + kSpan <= p.max_keys;
+#pragma unroll
+    for (int i = 0; i < kSpan; i += Vec<T>::kSize) {
+      if (is_whole) {
+        values[i / Vec<T>::kSize] = load_vec(from + i);
+      } else {
+#pragma unroll
+        for (int j = 0; j < Vec<T>::kSize; ++j) {
+          values[i / Vec<T>::kSize][j] = key + i + j < p.max_keys ? from[i + j] : from_float<T>(0.f);
+        }
+      }
+    }
+  }
+
+  // Scores in base 2 with the mask, of q.k, scale being to base 2. half: which of the accumulator's two rows it is.
+  template <int kTiles>
+  __device__ __forceinline__ void add(float (&scores)[kTiles][4], int half, float scale) const {
+    static_assert(kTiles * 2 == kSpan);
+#pragma unroll
+    for (int at = 0; at < kSpan; ++at) {
+      float& score = scores[at / 2][half * 2 + at % 2];
+      score = fmaf(score, scale, mask_to_base2(to_float(values[at / Vec<T>::kSize][at % Vec<T>::kSize])));
     }
   }
 };

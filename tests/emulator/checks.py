@@ -157,11 +157,14 @@ def attention():
     k[:, 64:, :, 0] += 300
     k[:, 573:], v[:, 573:] = float("nan"), float("nan")
     prompt, lengths = torch.tensor([150]), torch.tensor([573])
-    mask = fenced(torch.rand(1, 70, 112) < 0.5)[..., :109]
+    keep = torch.rand(1, 70, 112) < 0.5
+    mask = fenced(keep)[..., :109]
+    additive = fenced((8 * torch.rand(1, 70, 112)).half().masked_fill(~keep, -torch.inf))[..., :109]
     return lambda: (
         ops.attention(q, k, v, causal=True, kv_lengths=prompt),
         ops.attention(q[:, :70], k, v, causal=True, kv_lengths=prompt, softcap=5.0),
         ops.attention(q[:, :70], k[:, :109], v[:, :109], mask=mask),
+        ops.attention(q[:, :70], k[:, :109], v[:, :109], mask=additive),
         ops.attention_layer_norm(
             q[:, :1], k[:, :, :1], v[:, :, :1], causal=True, kv_lengths=lengths
         ),

@@ -347,6 +347,27 @@ MUTANTS = [
         "const int at = n * 2 + 1 - e % 2;\n        if ((words",
     ),
     Mutant(
+        "attention: reads an additive mask past its keys",
+        "attention",
+        "attention/visibility.cuh",
+        "const bool is_whole = key + kSpan <= p.max_keys;",
+        "const bool is_whole = true;",
+    ),
+    Mutant(
+        "attention: adds the mask of other keys",
+        "attention",
+        "attention/visibility.cuh",
+        "scores[at / 2][half * 2 + at % 2]",
+        "scores[at / 2][half * 2 + 1 - at % 2]",
+    ),
+    Mutant(
+        "attention: adds the mask of another token",
+        "attention",
+        "attention/attention.cuh",
+        "smem.rows.token[row + 16 * r + 8 * half], key);",
+        "smem.rows.token[row + 16 * r], key);",
+    ),
+    Mutant(
         "attention: the origin of the exponent stays behind",
         "attention",
         "attention/softmax.cuh",

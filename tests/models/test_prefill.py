@@ -1,0 +1,87 @@
+"""A prompt on a GPU: the memory it takes, that nothing waits for the device, and its capture."""
+
+import pytest
+import torch
+
+from fastshard import Shard, ShardedGeneralModel
+from fastshard.bench.timing import peak_bytes
+from helpers import CUDA_ONLY
+
+CONFIG = {
+    "vocab_size": 96,
+    "embed_dim": 256,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 64,
+    "max_seq_len": 8192,
+    "rope_base": 10000,
+    "rope_scaling_factor": 1.0,
+    "intermediate_dim": 512,
+    "num_layers": 3,
+    "norm_eps": 1e-5,
+    "attn_dropout": 0.0,
+}
+
+
+def build(device) -> ShardedGeneralModel:
+    torch.manual_seed(0)
+    shard = Shard("llama", 0, 2, 3)
+    return ShardedGeneralModel(CONFIG, shard, device, torch.float16, use_cache=True)
+
+
+def random_tokens(device, *shape):
+    return torch.randint(0, CONFIG["vocab_size"], shape, device=device)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_memory_above_weights_and_cache(is_padded, device):
+    """Of each token, a layer's input, output and what is between; never a row for every key."""
+    model, s = build(device), CONFIG["max_seq_len"]
+    tokens = random_tokens(device, 1, s)
+    first_key = torch.tensor([5], device=device) if is_padded else None
+    model.generate(tokens, first_key=first_key, num_logits=1)
+    peak = peak_bytes(
+        lambda: model.generate(tokens, first_key=first_key, num_logits=1), torch.device(device)
+    )
+    rows = 4 * CONFIG["embed_dim"]  # old and new residual, the normed input, the output
+    between = 3 * 4096 * CONFIG["intermediate_dim"]  # gates, ups and their products of some rows
+    assert peak < 2 * (s * rows + between) * 1.05
+    assert peak < s * s, "less than a bool mask"
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_nothing_waits_for_the_device(is_padded, device):
+    model, tokens = build(device), random_tokens(device, 2, 300)
+    first_key = torch.tensor([0, 7], device=device) if is_padded else None
+    model.generate(tokens, first_key=first_key, num_logits=1)  # makes the cache
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        model.generate(tokens, first_key=first_key, num_logits=1)
+        model.generate(tokens[:, :100], first_key=first_key, num_logits=1)
+        model.generate(tokens[:, 100:], curr_pos=100, first_key=first_key, num_logits=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@CUDA_ONLY
+def test_a_prompt_replays_in_a_cuda_graph(device):
+    model, tokens = build(device), random_tokens(device, 2, 300)
+    model.generate(tokens, num_logits=1)
+    decoder, step = model.model, model.model.next_step(2, 300, start=0)
+    static = tokens.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        decoder(static, step=step, num_logits=1)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        logits = decoder(static, step=step, num_logits=1)
+    for _ in range(2):
+        tokens = random_tokens(device, 2, 300)
+        _, expected = model.generate(tokens, num_logits=1)
+        static.copy_(tokens)
+        graph.replay()
+        assert torch.equal(logits, expected)
