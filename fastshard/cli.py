@@ -62,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     info = commands.add_parser("info", help="what is installed, compiled and visible")
     info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument(
+        "--kernels",
+        action="store_true",
+        help="list what each compiled kernel takes (needs cuobjdump and nvdisasm)",
+    )
     info.set_defaults(run=run_info)
     return parser
 
@@ -176,8 +181,20 @@ def run_bench(args: argparse.Namespace) -> int:
 def run_info(args: argparse.Namespace) -> int:
     from fastshard.info import describe, format_text
 
+    if args.kernels:
+        return _list_kernels(args.json)
     facts = describe()
     print(json.dumps(facts, indent=2) if args.json else format_text(facts))
+    return 0
+
+
+def _list_kernels(as_json: bool) -> int:
+    from fastshard.bench import kernels
+
+    compiled = kernels.describe()
+    if compiled["missing"]:
+        raise RuntimeError("; ".join(compiled["missing"]))
+    print(json.dumps(compiled, indent=2) if as_json else "\n".join(kernels.lines(compiled)))
     return 0
 
 

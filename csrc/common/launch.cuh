@@ -7,10 +7,15 @@
 
 #include "common/check.h"
 
-// Inside a kernel: `name` is the block's SharedStorage.
-#define FS_SHARED_STORAGE(SharedStorage, name)                         \
-  extern __shared__ __align__(128) unsigned char fs_shared_bytes[];    \
+// Inside a kernel: `name` is the block's SharedStorage. The constant is there to be read from the compiled code: see
+// fastshard/bench/machine_code.py.
+#define FS_SHARED_STORAGE(SharedStorage, name)                                                \
+  __attribute__((used)) static __device__ const int fs_storage_bytes = sizeof(SharedStorage); \
+  extern __shared__ __align__(128) unsigned char fs_shared_bytes[];                           \
   SharedStorage& name = *reinterpret_cast<SharedStorage*>(fs_shared_bytes)
+
+// Records the extra_bytes of a kernel's launches in the same way.
+#define FS_EXTRA_SHARED_BYTES(bytes) __attribute__((used)) static __device__ const int fs_extra_bytes = bytes
 
 namespace fastshard {
 

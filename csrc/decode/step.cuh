@@ -151,6 +151,7 @@ template <typename T, typename Config>
 __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __grid_constant__ DecodeStepParams p) {
   using Storage = DecodeStorage<T, Config>;
   FS_SHARED_STORAGE(Storage, smem);
+  FS_EXTRA_SHARED_BYTES(decode_stages<Storage>() * kChunkBytes);
   if (threadIdx.x == 0) smem.plan.init(p);
   if (threadIdx.x < p.num_tokens) smem.rows[threadIdx.x] = load_row(p, threadIdx.x);
   __syncthreads();

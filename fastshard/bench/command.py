@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
-from fastshard.bench import attention, decode, linear, mlp, norm, prefill, report, start
+from fastshard.bench import (
+    attention,
+    decode,
+    kernels,
+    linear,
+    mlp,
+    norm,
+    prefill,
+    report,
+    start,
+)
 from fastshard.bench.case import Bench, Problem, Settings, run_case
 from fastshard.bench.limits import Limits
 from fastshard.bench.presets import preset
@@ -68,6 +78,7 @@ def run(
     for line in report.introduction(environment, limits.describe()):
         say(line)
     bench = Bench(device, stopwatch, limits, settings)
+    compiled = kernels.describe(names, settings.dtype)
     found: list[report.Line | report.Skipped | dict] = []
 
     def keep(result: report.Line | report.Skipped | dict) -> None:
@@ -79,6 +90,7 @@ def run(
                 command=command,
                 environment=environment,
                 limits=limits.describe(),
+                compiled=compiled,
                 results=found,
             )
 
@@ -91,6 +103,8 @@ def run(
         for result in measured:
             keep(result)
     for line in report.traffic_limits(limits.describe()):
+        say(line)
+    for line in kernels.lines(compiled):
         say(line)
     say(f"{time.monotonic() - begin:.0f} s in all; {report.NOTE}")
 

@@ -221,13 +221,24 @@ def write_json(
     command: Sequence[str],
     environment: dict,
     limits: dict,
+    compiled: dict,
     results: Sequence[Line | Skipped | dict],
 ) -> None:
-    """Write all of a run to ``path``, whole or not at all; plain values are those of ``start``."""
+    """Write all of a run to ``path``, whole or not at all.
+
+    Args:
+        path: Written over.
+        command: Words of the command line.
+        environment: As ``describe_environment`` gives it.
+        limits: Of ``Limits.describe``.
+        compiled: Of ``kernels.describe``.
+        results: Plain values are those of ``start``.
+    """
     content = {
         "command": list(command),
         "environment": environment,
         "limits": limits,
+        "machine_code": compiled,
         "lines": [result.to_dict() for result in results if isinstance(result, Line)],
         "start": [result for result in results if isinstance(result, dict)],
         "skipped": [asdict(result) for result in results if isinstance(result, Skipped)],

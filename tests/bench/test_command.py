@@ -372,3 +372,5 @@ def test_a_short_run_on_a_gpu(tmp_path, capsys):
     assert all(line["times_best_peer"] for line in ours)
     assert content["environment"]["code"]
     assert content["limits"]["copy_gbps"] > 0
+    compiled = content["machine_code"]
+    assert bool(compiled["kernels"]) != bool(compiled["missing"])

@@ -86,12 +86,14 @@ def test_json_holds_everything(tmp_path):
         command=["fastshard", "bench", "mlp"],
         environment={"device": "NVIDIA H200"},
         limits={"copy_gbps": 4250.0},
+        compiled={"kernels": [], "missing": ["machine code: no cuobjdump"]},
         results=[LINE, SKIPPED, nan, {"seconds": 3.5}],
     )
     content = json.loads(path.read_text())
     assert content["command"] == ["fastshard", "bench", "mlp"]
     assert content["environment"] == {"device": "NVIDIA H200"}
     assert content["limits"] == {"copy_gbps": 4250.0}
+    assert content["machine_code"] == {"kernels": [], "missing": ["machine code: no cuobjdump"]}
     assert content["start"] == [{"seconds": 3.5}]
     assert content["skipped"] == [dataclasses.asdict(SKIPPED)]
     first, second = content["lines"]

@@ -8,6 +8,7 @@
 #define FS_SHARED_STORAGE(SharedStorage, name) \
   SharedStorage& name =                        \
       *static_cast<SharedStorage*>(::fastshard::simt::shared_storage(sizeof(SharedStorage), alignof(SharedStorage)))
+#define FS_EXTRA_SHARED_BYTES(bytes) static_assert(bytes > 0)
 
 namespace fastshard {
 
