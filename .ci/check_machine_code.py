@@ -7,12 +7,14 @@ Fails unless, by .ci/machine_code.toml,
 - no kernel uses local memory (a stack or spills), apart from the allow list, which gives a reason,
 - no kernel has static shared memory: all of it is the SharedStorage struct that launch.cuh holds to
   101,376 bytes when compiling, and no source launches a kernel in another way,
+- every kernel is compiled once,
 - every kernel that claims tensor cores has HMMA instructions of its own dtype, fp16 and bf16 both.
 
 Needs cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
 """
 
 import argparse
+import collections
 import importlib.util
 import re
 import sys
@@ -66,6 +68,11 @@ def check_kernel(kernel: Kernel, rules: dict) -> list[str]:
     return errors
 
 
+def check_compiled_once(kernels: list[Kernel]) -> list[str]:
+    counts = collections.Counter((kernel.arch, kernel.name) for kernel in kernels)
+    return [f"{arch} {name}: compiled {n} times" for (arch, name), n in counts.items() if n > 1]
+
+
 def check_rules_used(kernels: list[Kernel], rules: dict) -> list[str]:
     """A rule that matches nothing guards nothing; a tensor-core family has both dtypes."""
     errors = [
@@ -101,7 +108,7 @@ def main() -> None:
         library = archive.extract("fastshard/_C.abi3.so", folder)
         errors = check_images(library, rules) + check_sources(ROOT / "csrc")
         kernels = machine_code.read_kernels(library)
-    errors += check_rules_used(kernels, rules)
+    errors += check_rules_used(kernels, rules) + check_compiled_once(kernels)
     print("\n".join(machine_code.table([kernel.to_dict() for kernel in kernels])))
     for kernel in kernels:
         errors += [f"{kernel.arch} {kernel.name}: {error}" for error in check_kernel(kernel, rules)]

@@ -62,6 +62,11 @@ def test_a_rule_that_matches_nothing_is_an_error(check):
     ]
 
 
+def test_a_kernel_that_is_compiled_twice_is_an_error(check):
+    kernels = [kernel(check, name) for name in ("a<1>", "a<2>", "a<1>")]
+    assert check.check_compiled_once(kernels) == ["sm_86 a<1>: compiled 2 times"]
+
+
 def test_sources_launch_in_one_way(check, tmp_path):
     assert check.check_sources(ROOT / "csrc") == []
     (tmp_path / "bad.cu").write_text(

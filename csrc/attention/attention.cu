@@ -2,19 +2,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention/launch_attention.cuh"
+#include "attention/head_dim.h"
 
 namespace fastshard {
-
-// Compiled in attention_64.cu and its siblings.
-#define FS_EXTERN_ATTENTION(kHeadDim)                                 \
-  extern template struct AttentionLauncher<__half, kHeadDim>;         \
-  extern template struct AttentionLauncher<__nv_bfloat16, kHeadDim>
-FS_EXTERN_ATTENTION(64);
-FS_EXTERN_ATTENTION(96);
-FS_EXTERN_ATTENTION(128);
-FS_EXTERN_ATTENTION(256);
-#undef FS_EXTERN_ATTENTION
 
 namespace attention_detail {
 
@@ -35,14 +25,14 @@ template <typename T>
 int attention_num_splits(const AttentionParams& p) {
   if (p.num_rows() == 0) return 1;
   return attention_detail::with_head_dim(
-      p.head_dim, [&]<int kHeadDim>() { return AttentionLauncher<T, kHeadDim>::num_splits(p); });
+      p.head_dim, [&]<int kHeadDim>() { return AttentionOfHeadDim<T, kHeadDim>::num_splits(p); });
 }
 
 template <typename T>
 void attention(const AttentionParams& p, cudaStream_t stream) {
   if (p.num_rows() == 0) return;  // an empty grid is a launch error
   attention_detail::with_head_dim(p.head_dim,
-                                  [&]<int kHeadDim>() { AttentionLauncher<T, kHeadDim>::run(p, stream); });
+                                  [&]<int kHeadDim>() { AttentionOfHeadDim<T, kHeadDim>::run(p, stream); });
 }
 
 template int attention_num_splits<__half>(const AttentionParams&);

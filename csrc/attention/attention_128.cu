@@ -3,7 +3,7 @@
 
 namespace fastshard {
 
-template struct AttentionLauncher<__half, 128>;
-template struct AttentionLauncher<__nv_bfloat16, 128>;
+template struct AttentionOfHeadDim<__half, 128>;
+template struct AttentionOfHeadDim<__nv_bfloat16, 128>;
 
 }  // namespace fastshard

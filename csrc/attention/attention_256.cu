@@ -3,7 +3,7 @@
 
 namespace fastshard {
 
-template struct AttentionLauncher<__half, 256>;
-template struct AttentionLauncher<__nv_bfloat16, 256>;
+template struct AttentionOfHeadDim<__half, 256>;
+template struct AttentionOfHeadDim<__nv_bfloat16, 256>;
 
 }  // namespace fastshard

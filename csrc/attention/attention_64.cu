@@ -3,7 +3,7 @@
 
 namespace fastshard {
 
-template struct AttentionLauncher<__half, 64>;
-template struct AttentionLauncher<__nv_bfloat16, 64>;
+template struct AttentionOfHeadDim<__half, 64>;
+template struct AttentionOfHeadDim<__nv_bfloat16, 64>;
 
 }  // namespace fastshard

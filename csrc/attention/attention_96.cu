@@ -3,7 +3,7 @@
 
 namespace fastshard {
 
-template struct AttentionLauncher<__half, 96>;
-template struct AttentionLauncher<__nv_bfloat16, 96>;
+template struct AttentionOfHeadDim<__half, 96>;
+template struct AttentionOfHeadDim<__nv_bfloat16, 96>;
 
 }  // namespace fastshard

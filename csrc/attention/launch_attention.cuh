@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attention/attention.cuh"
+#include "attention/head_dim.h"
 
 namespace fastshard {
 
@@ -119,5 +120,15 @@ struct AttentionLauncher {
                                                      Config::kThreads, stream, p);
   }
 };
+
+template <typename T, int kHeadDim>
+int AttentionOfHeadDim<T, kHeadDim>::num_splits(const AttentionParams& params) {
+  return AttentionLauncher<T, kHeadDim>::num_splits(params);
+}
+
+template <typename T, int kHeadDim>
+void AttentionOfHeadDim<T, kHeadDim>::run(const AttentionParams& params, cudaStream_t stream) {
+  AttentionLauncher<T, kHeadDim>::run(params, stream);
+}
 
 }  // namespace fastshard
