@@ -15,7 +15,9 @@ template <int kHeadDim> struct AttentionConfigs;
 template <> struct AttentionConfigs<64> {
   using Few = AttentionConfig<64, 1, 1, 4, 16, 4, true, AttentionRules::kAll>;
   template <AttentionRules kRules> using Small = AttentionConfig<64, 4, 1, 1, 64, 2, true, kRules>;
-  template <AttentionRules kRules> using Prefill = AttentionConfig<64, 4, 2, 1, 64, 2, true, kRules>;
+  // Beside the values of a mask, registers have no room for the queries.
+  template <AttentionRules kRules>
+  using Prefill = AttentionConfig<64, 4, 2, 1, 64, 2, kRules != AttentionRules::kMaskValues, kRules>;
 };
 template <> struct AttentionConfigs<96> {
   using Few = AttentionConfig<96, 1, 1, 4, 16, 3, true, AttentionRules::kAll>;
