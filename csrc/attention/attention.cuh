@@ -52,7 +52,7 @@ struct AttentionSharedStorage {
     Tiles tiles;
     std::conditional_t<(Config::kKeyWarps > 1), Results, char> results;
   };
-  RowTable<Config::kRows> rows;
+  RowTable<Config::kRows, Config::kRules != AttentionRules::kRanges> rows;
 };
 
 // What one block does. Blocks start in the order of their number: row tiles of `heads_at_once` heads side by side, whose

@@ -35,6 +35,13 @@ template <> struct AttentionConfigs<256> {
   template <AttentionRules kRules> using Prefill = Small<kRules>;
 };
 
+// Two blocks of these share the 100 KB of a multiprocessor of 8.6, of which each takes 1 KB for the system.
+template <int kHeadDim>
+constexpr bool fits_twice =
+    2 * (sizeof(AttentionSharedStorage<__half, typename AttentionConfigs<kHeadDim>::template Prefill<
+                                                   AttentionRules::kRanges>>) + 1024) <= 100 * 1024;
+static_assert(fits_twice<64> && fits_twice<96>);
+
 // For T and one head_dim that the kernels are compiled for.
 template <typename T, int kHeadDim>
 struct AttentionLauncher {

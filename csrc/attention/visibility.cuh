@@ -112,21 +112,32 @@ struct ThreadRows {
   // From a table of rows, see RowTable.
   template <typename Table>
   __device__ ThreadRows(const Table& table, int row)
-      : keys{table.keys[row], table.keys[row + 8]}, token{table.token[row], table.token[row + 8]} {}
+      : keys{table.keys[row], table.keys[row + 8]}, token{table.token_of(row), table.token_of(row + 8)} {}
 };
 
-// What all rows of a block see, in shared memory.
 template <int kRows>
-struct RowTable {
-  KeyRange keys[kRows];
+struct RowTokens {
   int token[kRows];
+};
+struct NoRowTokens {};
+
+// What all rows of a block see, in shared memory. kTokens: whether a mask asks for their tokens; others save the room.
+template <int kRows, bool kTokens>
+struct RowTable : std::conditional_t<kTokens, RowTokens<kRows>, NoRowTokens> {
+  KeyRange keys[kRows];
+
+  __device__ __forceinline__ int token_of(int row) const {
+    if constexpr (kTokens) return this->token[row];
+    return 0;
+  }
 
   // By all threads. first_row: of the rows of a head; past their end any token will do.
   template <int kThreads>
   __device__ __forceinline__ void fill(const AttentionParams& p, RowBounds bounds, int first_row) {
     for (int row = threadIdx.x; row < kRows; row += kThreads) {
-      token[row] = min((first_row + row) / p.group, p.s_q - 1);
-      keys[row] = visible_keys(p, bounds, token[row]);
+      const int token = min((first_row + row) / p.group, p.s_q - 1);
+      if constexpr (kTokens) this->token[row] = token;
+      keys[row] = visible_keys(p, bounds, token);
     }
   }
 };
