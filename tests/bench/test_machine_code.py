@@ -129,6 +129,7 @@ def test_occupancy_that_is_unknown():
             "(fastshard::AttentionRules)1> >(fastshard::AttentionParams)",
             "attention_kernel<fp16, AttentionConfig<64, true, kMaskBytes>>",
         ),
+        ("void of_enum<(Color)3>(int, float*)", "of_enum<(Color)3>"),
         ("plain(int, float*)", "plain"),
     ],
 )
@@ -166,7 +167,11 @@ GEMM = Kernel(
     shared=98304,
 )
 NORM = Kernel(
-    "norm_kernel<float>(P)", "sm_86", 32, 16, instructions=collections.Counter({"LDL.64": 2})
+    "norm_kernel<float>(P)",
+    "sm_86",
+    32,
+    16,
+    instructions=collections.Counter({"LDL.64": 2, "STL": 1}),
 )
 
 
@@ -178,7 +183,7 @@ def test_table():
         *("256", "236", "96.0", "1", "17%", "0", "0", "5600", "64", "1%", "25%"),
         "gemm_kernel<fp16, GemmConfig<2, 4>>",
     ]
-    expected = ["-", "32", "0.0", "-", "-", "16", "2", "2", "-", "-", "-", "norm_kernel<float>"]
+    expected = ["-", "32", "0.0", "-", "-", "16", "3", "3", "-", "-", "-", "norm_kernel<float>"]
     assert norm.split() == expected
     for line in (gemm, norm):
         assert line.index(line.split()[11]) == header.index("kernel")
@@ -256,6 +261,7 @@ def test_a_build_without_kernels(monkeypatch, tmp_path, capsys):
     reason = "machine code: this build is pure Python, it has no compiled kernels"
     assert compiled == {"kernels": [], "missing": [reason]}
     assert kernels.lines(compiled) == [f"missing: {reason}"]
+    assert kernels.describe(["start"]) == {"kernels": [], "missing": []}  # needs none
     assert cli.main(["info", "--kernels"]) == 1
     assert capsys.readouterr().err == f"fastshard: error: {reason}\n"
 
