@@ -173,8 +173,8 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
   using Order = KeyOrder<Config::kWarpKeys>;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys, kRowTiles = Config::kRowTiles;
   FS_SHARED_STORAGE(Storage, smem);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp / Config::kKeyWarps * 16 * kRowTiles, key_warp = warp % Config::kKeyWarps;
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const unsigned warp_row = warp / Config::kKeyWarps * 16 * kRowTiles, key_warp = warp % Config::kKeyWarps;
   const AttentionWork work = AttentionWork::of_block<Config>(p, blockIdx.x);
   const int num_rows = min(p.rows_per_head() - work.first_row, Config::kRows);
 
@@ -201,24 +201,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
   const T* v = static_cast<const T*>(p.v) + work.batch * p.v_strides.batch + work.kv_head * p.v_strides.head;
 
   // Keys outside the range are never read, so that nothing there, NaN included, reaches the products.
-  using KeyLoader = TileLoader<Config, kKeys>;
-  const auto load_keys = [&](int thread, KeyRange keys, int tile, int stage) {
-    const int key = tile * kKeys;
-    if (key >= keys.begin && key + kKeys <= keys.end && p.head_dim == kHeadDim) {
-      KeyLoader::load_whole(thread, smem.tiles.k[stage], k + key * p.k_strides.token, p.k_strides.token, Order::phase);
-      KeyLoader::load_whole(thread, smem.tiles.v[stage], v + key * p.v_strides.token, p.v_strides.token, Order::phase);
-      return;
-    }
-    const auto rows_of = [&](const T* base, int64_t stride) {
-      return [&keys, key, stride, next = base + (key + KeyLoader::first_row(thread)) * stride](int row) mutable {
-        const T* from = key + row >= keys.begin && key + row < keys.end ? next : nullptr;
-        next += KeyLoader::kStep * stride;
-        return from;
-      };
-    };
-    KeyLoader::load(thread, smem.tiles.k[stage], p.head_dim, k, rows_of(k, p.k_strides.token), Order::phase);
-    KeyLoader::load(thread, smem.tiles.v[stage], p.head_dim, v, rows_of(v, p.v_strides.token), Order::phase);
-  };
+  using Copies = KeyCopies<T, Config>;
+  Copies copies(p, k, v, smem.tiles.k[0], begin_tile * kKeys, keys.begin,
+                min(keys.end, end_tile * kKeys));
 
   // Copies in flight: the queries and the first tile, then a tile ahead.
   using QueryLoader = TileLoader<Config, Config::kRows>;
@@ -232,7 +217,9 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
         return row < num_rows ? from : nullptr;
       },
       [](int row) { return row % 8; });
-  if (begin_tile < end_tile) load_keys(threadIdx.x, keys, begin_tile, 0);
+#pragma unroll
+  for (unsigned i = 0; i < Copies::kCopies; ++i) copies.copy(p, 0, i);
+  copies.next_tile(p);
   ptx::cp_async_commit();
   smem.rows.template fill<Config::kThreads>(p, bounds, work.first_row);
   ptx::cp_async_wait<0>();
@@ -248,6 +235,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
     }
   }
 
+  const KeyRange visible_tiles{(last_keys.begin + kKeys - 1) / kKeys, first_keys.end / kKeys};  // to all rows
   const ScoreRule rule(p);
   const float exp_scale = Config::kRules == AttentionRules::kAll          ? rule.exp_scale()
                           : Config::kRules == AttentionRules::kMaskValues ? 1.f
@@ -255,15 +243,11 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
   LazySoftmax<kRowTiles> softmax;
   float out[kRowTiles][kHeadDim / 8][4] = {};
   int stage = 0;
+  const unsigned warp_key = key_warp * Config::kWarpKeys;
+  const uint32_t q_address = query_address<kHeadDim>(lane, smem.tiles.q, warp_row);
+  const uint32_t k_address = key_address<kHeadDim, Config::kWarpKeys>(lane, smem.tiles.k[0], warp_key);
+  const uint32_t v_address = value_address<kHeadDim, Config::kWarpKeys>(lane, smem.tiles.v[0], warp_key);
   for (int tile = begin_tile; tile < end_tile; ++tile) {
-    // What follows from the thread and the rows is found again for each tile: registers are short.
-    const KeyRange first_keys = smem.rows.keys[0], last_keys = smem.rows.keys[Config::kRows - 1];
-    const int thread = ptx::mov_opaque(threadIdx.x), lane = thread % 32;
-    const int warp_row = thread / 32 / Config::kKeyWarps * 16 * kRowTiles;
-    const int warp_key = thread / 32 % Config::kKeyWarps * Config::kWarpKeys;
-    if (tile + 1 < end_tile) load_keys(thread, {first_keys.begin, last_keys.end}, tile + 1, stage ^ 1);
-    ptx::cp_async_commit();
-
     // Of scores[..][0][0]; the lane's columns are the keys from there on.
     const int key = tile * kKeys + warp_key + lane % 4 * Order::kSpan;
     const int row = warp_row + lane / 4;
@@ -273,16 +257,25 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
     }
 
     float scores[kRowTiles][Config::kWarpKeys / 8][4];
-    const uint32_t q_address = query_address<kHeadDim>(lane, smem.tiles.q, warp_row);
-    multiply_queries_keys<kHeadDim>(scores, lane, smem.tiles.k[stage], warp_key, [&](uint32_t(&a)[4], int r, int i) {
+    const auto load_query = [&](uint32_t(&a)[4], int r, int i) {
       if constexpr (Config::kQueryInRegisters) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) a[e] = q_fragments[r][i][e];
       } else {
         load_query_fragment<kHeadDim>(a, q_address + r * 16 * kHeadDim * sizeof(T), i);
       }
-    });
-    const bool all_visible = tile * kKeys >= last_keys.begin && (tile + 1) * kKeys <= first_keys.end;
+    };
+    // The copies of the next tile, zeros after the last one, stand between the products.
+    const auto copy_some = [&](unsigned step) {
+#pragma unroll
+      for (unsigned i = 0; i < Copies::kCopies; ++i) {
+        if (i * (kHeadDim / 16) / Copies::kCopies == step) copies.copy(p, stage ^ 1, i);
+      }
+    };
+    multiply_queries_keys<kHeadDim, T>(scores, k_address + stage * Copies::kTileBytes, load_query, copy_some);
+    copies.next_tile(p);
+    ptx::cp_async_commit();
+    const bool all_visible = tile >= visible_tiles.begin && tile < visible_tiles.end;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       if constexpr (Config::kRules == AttentionRules::kAll) {
@@ -302,7 +295,7 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
       }
     }
     softmax.move_origins(scores, out, exp_scale);
-    accumulate_values<T>(out, scores, lane, smem.tiles.v[stage], warp_key, [&](int r, int n, int e) {
+    accumulate_values<T>(out, scores, v_address + stage * Copies::kTileBytes, [&](int r, int n, int e) {
       return softmax.weigh(scores[r][n][e], 2 * r + e / 2, exp_scale);
     });
     stage ^= 1;

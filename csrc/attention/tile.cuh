@@ -26,6 +26,11 @@ struct TileLayout {
     return row * kHeadDim + (chunk ^ (kPeriod == 8 ? phase : phase / 2)) * 8;
   }
 
+  // Shared address of a chunk in a row of another phase, which differs by the bits of `phase`.
+  static __device__ __forceinline__ uint32_t permute(uint32_t address, unsigned phase) {
+    return address ^ (kPeriod == 8 ? phase : phase / 2) * 16;
+  }
+
   // Shared address of the chunk `chunks`, an even number, further than the one at `address`, which is chunk 0 or 1.
   static __device__ __forceinline__ uint32_t advance(uint32_t address, int chunks) {
     return (address ^ uint32_t(chunks % kPeriod * 16)) + chunks / kPeriod * kPeriod * 16;
@@ -39,8 +44,8 @@ struct KeyOrder {
 
   // Column i of product n.
   static __device__ __forceinline__ int key(int n, int i) { return i / 2 * kSpan + n * 2 + i % 2; }
-  // The column that a key stands in.
-  static __device__ __forceinline__ int phase(int key) { return key / kSpan % 4 * 2 + key % 2; }
+  // The column that a key stands in. Bits of it are bits of the key.
+  static constexpr __device__ unsigned phase(unsigned key) { return key / kSpan % 4 * 2 + key % 2; }
 };
 
 // Starts copying rows into a tile, kStep rows at a time.
@@ -70,19 +75,53 @@ struct TileLoader {
                                valid ? from + chunk * 8 : anywhere, valid);
     }
   }
+};
 
-  // The same where all of the tile is there: rows `stride` elements apart, from `first` on, of kHeadDim columns.
-  template <typename T, typename PhaseOf>
-  static __device__ __forceinline__ void load_whole(int thread, T* tile, const T* first, int64_t stride,
-                                                    PhaseOf phase_of) {
-    const int chunk = thread % kLanesPerRow;
-    if (kLanesPerRow != kChunks && chunk >= kChunks) return;
-    const T* from = first + first_row(thread) * stride + chunk * 8;
-#pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
-      const int row = first_row(thread) + i * kStep;
-      ptx::cp_async_16(ptx::shared_address(tile + Layout::offset(row, phase_of(row), chunk)), from);
-    }
+// A thread's share of the copies of keys and values, tile after tile: of every kStep-th key one chunk.
+template <typename T, typename Config>
+struct KeyCopies {
+  using Layout = TileLayout<Config::kHeadDim>;
+  using Order = KeyOrder<Config::kWarpKeys>;
+  static constexpr unsigned kLanes = Layout::kLanesPerRow;
+  static constexpr unsigned kStep = Config::kThreads / kLanes;
+  static constexpr unsigned kCopies = Config::kKeys / kStep;  // of a tile, of k and of v each
+  static constexpr uint32_t kTileBytes = Config::kKeys * Config::kHeadDim * sizeof(T);
+  static_assert(Config::kKeys % kStep == 0);
+
+  const T *k, *v;     // of the thread's first key in the tile
+  unsigned key;       // that key, counted from the first one that is read
+  unsigned num_keys;  // that are read; none where the thread's columns are past head_dim
+  uint32_t to;        // shared address of that key in the first stage of k
+
+  // k_rows, v_rows: of key 0; k_tiles: the stages of k, those of v behind them; first_key: of the first tile; begin,
+  // end: keys that are read, others are zeros.
+  template <typename Params>
+  __device__ __forceinline__ KeyCopies(const Params& p, const T* k_rows, const T* v_rows, const T* k_tiles,
+                                       int first_key, int begin, int end) {
+    const unsigned row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
+    k = k_rows + (first_key + int(row)) * p.k_strides.token + chunk * 8;
+    v = v_rows + (first_key + int(row)) * p.v_strides.token + chunk * 8;
+    key = first_key + row - begin;
+    num_keys = chunk * 8 < p.head_dim ? max(end - begin, 0) : 0;
+    to = ptx::shared_address(k_tiles + Layout::offset(row, Order::phase(row), chunk));
+  }
+
+  // Copy i of the tile. Bits of i * kStep are none of the first row's, so their phases add up.
+  template <typename Params>
+  __device__ __forceinline__ void copy(const Params& p, int stage, unsigned i) const {
+    if (kLanes != Layout::kChunks && threadIdx.x % kLanes >= Layout::kChunks) return;
+    const uint32_t k_to = Layout::permute(to, Order::phase(i * kStep)) + stage * kTileBytes +
+                          i * kStep * Config::kHeadDim * sizeof(T);
+    const bool valid = key + i * kStep < num_keys;
+    ptx::cp_async_16_or_zero(k_to, k + i * kStep * p.k_strides.token, valid);
+    ptx::cp_async_16_or_zero(k_to + Config::kStages * kTileBytes, v + i * kStep * p.v_strides.token, valid);
+  }
+
+  template <typename Params>
+  __device__ __forceinline__ void next_tile(const Params& p) {
+    k += Config::kKeys * p.k_strides.token;
+    v += Config::kKeys * p.v_strides.token;
+    key += Config::kKeys;
   }
 };
 
@@ -98,13 +137,27 @@ __device__ __forceinline__ void load_query_fragment(uint32_t (&a)[4], uint32_t a
   ptx::ldmatrix_x4(a, TileLayout<kHeadDim>::advance(address, step * 2));
 }
 
-// scores[16 rows each][8 * kTiles] = q[.., kHeadDim] * k[8 * kTiles, kHeadDim]^T. key: of k in its tile.
-// load_query(a, r, step): the 16 x 16 block of row tile r.
-template <int kHeadDim, int kRowTiles, int kTiles, typename T, typename LoadQuery>
-__device__ __forceinline__ void multiply_queries_keys(float (&scores)[kRowTiles][kTiles][4], int lane, const T* k_tile,
-                                                      int key, LoadQuery load_query) {
+// Where a lane reads the keys from `key` on in their tile for ldmatrix: the columns of product n low and high half of a
+// step, then those of product n + 1.
+template <int kHeadDim, int kKeys, typename T>
+__device__ __forceinline__ uint32_t key_address(unsigned lane, const T* tile, int key) {
+  return ptx::shared_address(tile + TileLayout<kHeadDim>::offset(key + KeyOrder<kKeys>::key(lane / 16, lane % 8),
+                                                                 lane % 8, lane / 8 % 2));
+}
+
+// The same of values: the columns of products k and k + 1 as rows, of eight columns of v, then of the next eight.
+template <int kHeadDim, int kKeys, typename T>
+__device__ __forceinline__ uint32_t value_address(unsigned lane, const T* tile, int key) {
+  return ptx::shared_address(tile + TileLayout<kHeadDim>::offset(key + KeyOrder<kKeys>::key(lane / 8 % 2, lane % 8),
+                                                                 lane % 8, lane / 16));
+}
+
+// scores[16 rows each][8 * kTiles] = q[.., kHeadDim] * k[8 * kTiles, kHeadDim]^T. address: key_address of k.
+// load_query(a, r, step): the 16 x 16 block of row tile r. between(step): other work, while the tensor cores are busy.
+template <int kHeadDim, typename T, int kRowTiles, int kTiles, typename LoadQuery, typename Between>
+__device__ __forceinline__ void multiply_queries_keys(float (&scores)[kRowTiles][kTiles][4], uint32_t address,
+                                                      LoadQuery load_query, Between between) {
   using Layout = TileLayout<kHeadDim>;
-  using Order = KeyOrder<kTiles * 8>;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -113,9 +166,6 @@ __device__ __forceinline__ void multiply_queries_keys(float (&scores)[kRowTiles]
       for (int e = 0; e < 4; ++e) scores[r][n][e] = 0.f;
     }
   }
-  // Matrices: the columns of product n low and high half of the step, then those of product n + 1.
-  const uint32_t address = ptx::shared_address(
-      k_tile + Layout::offset(key + Order::key(lane / 16, lane % 8), lane % 8, lane / 8 % 2));
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     uint32_t a[kRowTiles][4];
@@ -131,24 +181,21 @@ __device__ __forceinline__ void multiply_queries_keys(float (&scores)[kRowTiles]
         ptx::mma_m16n8k16<T>(scores[r][n + 1], a[r], b[2], b[3]);
       }
     }
+    between(step);
   }
 }
 
-// out[16 rows each][kHeadDim] += weights[..][8 * kTiles] * v[8 * kTiles, kHeadDim], the weights rounded to T.
+// out[16 rows each][kHeadDim] += weights[..][8 * kTiles] * v[8 * kTiles, kHeadDim], the weights rounded to T. address:
+// value_address of v.
 // weigh(r, n, e): scores[r][n][e] made a weight. The weights of 16 keys are made while the 16 before are multiplied.
 template <typename T, int kRowTiles, int kTiles, int kOutTiles, typename Weigh>
 __device__ __forceinline__ void accumulate_values(float (&out)[kRowTiles][kOutTiles][4],
-                                                  const float (&scores)[kRowTiles][kTiles][4], int lane,
-                                                  const T* v_tile, int key, Weigh weigh) {
+                                                  const float (&scores)[kRowTiles][kTiles][4], uint32_t address,
+                                                  Weigh weigh) {
   using Layout = TileLayout<kOutTiles * 8>;
-  using Order = KeyOrder<kTiles * 8>;
   constexpr int kPairs = kRowTiles * 4;               // of weights, that a lane holds of 16 keys
   constexpr int kSteps = kOutTiles / 2;               // products of 16 columns
   constexpr int kPairsEach = (kPairs + kSteps - 1) / kSteps;
-  // Matrices: the columns of products k and k + 1 as rows, of eight columns of v, then of the next eight.
-  const uint32_t address = ptx::shared_address(
-      v_tile + Layout::offset(key + Order::key(lane / 8 % 2, lane % 8), lane % 8, lane / 16));
-
   // An accumulator pair of 16 x 8 is an operand A of 16 x 16.
   uint32_t a[2][kRowTiles][4];
   const auto make_pair = [&](int k, int i) {

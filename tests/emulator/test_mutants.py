@@ -321,16 +321,16 @@ MUTANTS = [
     Mutant(
         "attention: reads keys past the length",
         "attention",
-        "attention/attention.cuh",
-        "key + row >= keys.begin && key + row < keys.end ?",
-        "key + row >= keys.begin ?",
+        "attention/tile.cuh",
+        "const bool valid = key + i * kStep < num_keys;",
+        "const bool valid = true;",
     ),
     Mutant(
-        "attention: takes a last tile with keys past the length for whole",
+        "attention: takes a tile with keys after the query's own for visible",
         "attention",
         "attention/attention.cuh",
-        "key >= keys.begin && key + kKeys <= keys.end && p.head_dim",
-        "key >= keys.begin && p.head_dim",
+        "first_keys.end / kKeys};  // to all rows",
+        "(first_keys.end + kKeys - 1) / kKeys};  // to all rows",
     ),
     Mutant(
         "attention: reads past the end of the mask",
