@@ -23,11 +23,13 @@ Tensor library_rows(const Tensor& x, const Tensor& gate_up_weight, const Tensor&
   return residual ? library_add(out, *residual) : out;
 }
 
-// So many rows at a time that what is between the products stays small beside the prompt's own rows: a quarter of them,
-// but no fewer than `least`, and no more than kMaxRows.
-int64_t rows_at_a_time(int64_t num_tokens, int64_t least) {
-  constexpr int64_t kStep = 512, kMaxRows = 4096;
-  return std::min(kMaxRows, (std::max(num_tokens / 4, least) + kStep - 1) / kStep * kStep);
+// At most so many rows at a time, so that what is between the products does not grow with a long prompt.
+constexpr int64_t kMaxRows = 4096;
+
+// Our products need few rows to be busy: a quarter of them, so that hidden values are few beside the prompt's own rows.
+int64_t tiled_rows_at_a_time(int64_t num_tokens) {
+  constexpr int64_t kMinRows = 1024, kStep = 512;
+  return std::clamp((num_tokens / 4 + kStep - 1) / kStep * kStep, kMinRows, kMaxRows);
 }
 
 // Calls run(x, residual, out) for rows_each rows after another. x: [num_tokens, hidden_size], residual and out as x.
@@ -49,16 +51,14 @@ void for_each_rows(int64_t rows_each, const Tensor& x, const std::optional<Tenso
 Tensor library_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight, Activation activation,
                     const std::optional<Tensor>& residual) {
   const int64_t hidden_size = x.size(x.dim() - 1), num_tokens = x.numel() / hidden_size;
-  // The first product of so many rows, of 1.2e11 FLOPs, is large enough to keep an H200 as busy as more would.
-  const int64_t rows_each = rows_at_a_time(num_tokens, int64_t(6e10) / gate_up_weight.numel());
-  if (num_tokens <= rows_each) {
+  if (num_tokens <= kMaxRows) {
     return torch::stable::contiguous(library_rows(x, gate_up_weight, down_weight, activation, residual));
   }
   const Tensor rows = torch::stable::reshape(x, {num_tokens, hidden_size});
   std::optional<Tensor> residual_rows;
   if (residual) residual_rows = torch::stable::reshape(*residual, {num_tokens, hidden_size});
   const Tensor out = torch::stable::new_empty(x, {num_tokens, hidden_size});
-  for_each_rows(rows_each, rows, residual_rows, out, [&](const Tensor& x_part, const auto& residual_part, Tensor to) {
+  for_each_rows(kMaxRows, rows, residual_rows, out, [&](const Tensor& x_part, const auto& residual_part, Tensor to) {
     torch::stable::copy_(to, library_rows(x_part, gate_up_weight, down_weight, activation, residual_part));
   });
   return torch::stable::reshape(out, shape_of(x));
@@ -81,7 +81,7 @@ Tensor tiled_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& d
   std::optional<Tensor> residual_rows;
   if (residual) residual_rows = tiled_rows(*residual, hidden_size);
   const Tensor out = torch::stable::new_empty(x, {rows.size(0), hidden_size});
-  const int64_t rows_each = rows_at_a_time(rows.size(0), /*least=*/1024);
+  const int64_t rows_each = tiled_rows_at_a_time(rows.size(0));
   const Tensor hidden = torch::stable::new_empty(x, {std::min(rows.size(0), rows_each), intermediate_size});
   const cudaStream_t stream = current_stream(x);
   const auto run = [&](const Tensor& x_part, const auto& residual_part, const Tensor& out_part) {

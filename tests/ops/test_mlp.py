@@ -93,7 +93,7 @@ def test_rows(num_tokens, dtype, device):
     check(make(num_tokens, 72, 88, dtype, device))
 
 
-# The library path takes at most 4096 rows at a time.
+# The library path takes 4096 rows at a time.
 @pytest.mark.parametrize("num_tokens", [4096, 4097, 8200])
 def test_many_rows(num_tokens, device):
     a = make(num_tokens, 16, 24, torch.bfloat16, device)
