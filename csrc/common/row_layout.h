@@ -13,7 +13,7 @@ struct RowLayout {
 
 // Offset of a row, counted over all leading dimensions, in elements.
 __device__ __forceinline__ int64_t row_offset(const RowLayout& layout, unsigned row) {
-  if (layout.middle == 1 && layout.inner == 1) return row * layout.strides[0];
+  if (layout.middle == 1 && layout.inner == 1) [[likely]] return row * layout.strides[0];
   const unsigned outer = row / layout.inner;
   return outer / layout.middle * layout.strides[0] + outer % layout.middle * layout.strides[1] +
          row % layout.inner * layout.strides[2];

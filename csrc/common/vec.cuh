@@ -51,4 +51,35 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
   return make_float2(to_float(values[0]), to_float(values[1]));
 }
 
+// The elements of a Vec<T>.
+template <typename T>
+struct Floats {
+  float elems[Vec<T>::kSize];
+  __device__ float& operator[](int i) { return elems[i]; }
+  __device__ float operator[](int i) const { return elems[i]; }
+};
+
+template <typename T>
+__device__ __forceinline__ Floats<T> to_floats(const Vec<T>& v) {
+  Floats<T> floats;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) floats[i] = to_float(v[i]);
+  return floats;
+}
+
+// Rounded to T, by pairs where T has 16 bits: one instruction rounds two.
+template <typename T>
+__device__ __forceinline__ Vec<T> from_floats(const Floats<T>& floats) {
+  Vec<T> v;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; ++i) v[i] = floats[i];
+  } else {
+    uint32_t* const pairs = reinterpret_cast<uint32_t*>(&v);
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; i += 2) pairs[i / 2] = pack_pair<T>(floats[i], floats[i + 1]);
+  }
+  return v;
+}
+
 }  // namespace fastshard

@@ -16,20 +16,26 @@ __global__ __launch_bounds__(Config::kThreads) void layer_norm_kernel(const Laye
   Vec<T> x[Config::kVecsPerThread];
   row.template load_sum<kAdd>(x, p.rows);
 
-  const Moments moments = row.moments(x, smem);
+  const Moments moments = row.moments(x, p.rows, smem);
   const float mean = moments.mean;
-  const float rstd = inverse_sqrt(moments.squares / p.rows.hidden_size + p.eps);
+  const float rstd = inverse_sqrt(fmaf(moments.squares, p.rows.inv_hidden_size, p.eps));
 
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
-  Vec<T> w[Config::kVecsPerThread], b[Config::kVecsPerThread];
-  if (weight != nullptr) row.load(w, weight);
-  if (bias != nullptr) row.load(b, bias);
-  row.store(x, p.rows, [&](int i, int j, float v) {
-    float y = (v - mean) * rstd;
-    if (weight != nullptr) y *= to_float(w[i][j]);
-    if (bias != nullptr) y += to_float(b[i][j]);
-    return y;
+  row.store(x, p.rows, [&](int i, Floats<T>& y) {
+    if (!row.inside(i)) return;
+#pragma unroll
+    for (int j = 0; j < Vec<T>::kSize; ++j) y[j] = (y[j] - mean) * rstd;
+    if (weight != nullptr) {
+      const Floats<T> w = to_floats(load_vec(weight + row.offset(i)));
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) y[j] *= w[j];
+    }
+    if (bias != nullptr) {
+      const Floats<T> b = to_floats(load_vec(bias + row.offset(i)));
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) y[j] += b[j];
+    }
   });
 }
 

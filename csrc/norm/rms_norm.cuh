@@ -17,13 +17,16 @@ __global__ __launch_bounds__(Config::kThreads) void rms_norm_kernel(const RmsNor
   row.load(weight, static_cast<const T*>(p.weight));  // in flight during the sum
 
   const float sum_sq = row.sum(x, smem, [](float v) { return v * v; });
-  const float rstd = inverse_sqrt(sum_sq / p.rows.hidden_size + p.eps);
+  const float rstd = inverse_sqrt(fmaf(sum_sq, p.rows.inv_hidden_size, p.eps));
 
   // The reference in fastshard/ops/norm.py rounds in the same places.
-  row.store(x, p.rows, [&](int i, int j, float v) {
-    float x_hat = v * rstd;
-    if (!p.weight_in_fp32) x_hat = to_float(from_float<T>(x_hat));
-    return x_hat * to_float(weight[i][j]);
+  row.store(x, p.rows, [&](int i, Floats<T>& y) {
+    const Floats<T> w = to_floats(weight[i]);
+#pragma unroll
+    for (int j = 0; j < Vec<T>::kSize; ++j) y[j] *= rstd;
+    if (!p.weight_in_fp32) y = to_floats(from_floats(y));
+#pragma unroll
+    for (int j = 0; j < Vec<T>::kSize; ++j) y[j] *= w[j];
   });
 }
 

@@ -18,8 +18,7 @@ struct RowConfig {
   static constexpr int kThreads = kThreadsPerRow * kRowsPerBlock;
   static constexpr int kMaxRowBytes = kThreadsPerRow * kVecsPerThread * 16;
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);
-  static_assert(kThreadsPerRow <= 32 || (kRowsPerBlock == 1 && kThreads % 128 == 0),
-                "a row is summed by lanes of one warp, or by the block: four warps' sums are one vector");
+  static_assert(kThreadsPerRow <= 32 || kRowsPerBlock == 1, "a row is summed by lanes of one warp, or by the block");
 };
 
 struct alignas(16) Moments {  // of `count` elements
@@ -29,8 +28,8 @@ struct alignas(16) Moments {  // of `count` elements
 // Used once: no barrier guards a second use.
 template <typename Config>
 struct RowSharedStorage {
-  Vec<float> sums[(Config::kThreads + 127) / 128];  // of each warp
-  Moments moments[Config::kThreads / 32];           // of each warp
+  alignas(16) float sums[Config::kThreads / 32];  // of each warp
+  Moments moments[Config::kThreads / 32];         // of each warp
 };
 
 // One thread's part of a row: vector i is elements [offset(i), offset(i) + Vec<T>::kSize), valid where inside(i).
@@ -44,7 +43,7 @@ struct Row {
   const int hidden_size;  // 0 for a row past the last: its threads only take part in the sums
 
   __device__ explicit Row(const NormRows& rows)
-      : hidden_size(index < rows.num_tokens ? rows.hidden_size : 0) {}
+      : hidden_size(Config::kRowsPerBlock == 1 || index < rows.num_tokens ? rows.hidden_size : 0) {}
 
   __device__ int offset(int i) const { return (i * Config::kThreadsPerRow + lane) * Vec<T>::kSize; }
   __device__ bool inside(int i) const { return offset(i) < hidden_size; }
@@ -67,12 +66,12 @@ struct Row {
       T* new_residual = static_cast<T*>(rows.new_residual) + int64_t(index) * hidden_size;
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
-        if (!inside(i)) break;
+        Floats<T> sum = to_floats(vecs[i]);
+        const Floats<T> other = to_floats(residual[i]);
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kSize; ++j) {
-          vecs[i][j] = from_float<T>(to_float(vecs[i][j]) + to_float(residual[i][j]));
-        }
-        store_vec(new_residual + offset(i), vecs[i]);
+        for (int j = 0; j < Vec<T>::kSize; ++j) sum[j] += other[j];
+        vecs[i] = from_floats(sum);
+        if (inside(i)) store_vec(new_residual + offset(i), vecs[i]);
       }
     }
   }
@@ -83,24 +82,22 @@ struct Row {
   __device__ float sum(const Vecs& vecs, RowSharedStorage<Config>& smem, F f) const {
     const float warp_sum = sum_of_warp(vecs, f);
     if constexpr (Config::kThreadsPerRow <= 32) return warp_sum;
-    if (threadIdx.x % 32 == 0) smem.sums[threadIdx.x / 128][threadIdx.x / 32 % 4] = warp_sum;
+    if (threadIdx.x % 32 == 0) smem.sums[threadIdx.x / 32] = warp_sum;
     __syncthreads();
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < Config::kThreads / 128; ++i) {
-      const Vec<float> sums = smem.sums[i];
-      sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    }
+    for (int i = 0; i < Config::kThreads / 32; ++i) sum += smem.sums[i];
     return sum;
   }
 
   // Count, sum, mean and squares about the mean of the row; every thread of the row gets them. The squares are summed
   // about the mean of each warp's part first: a large mean costs no digits, and one barrier is enough.
-  __device__ Moments moments(const Vecs& vecs, RowSharedStorage<Config>& smem) const {
+  __device__ Moments moments(const Vecs& vecs, const NormRows& rows, RowSharedStorage<Config>& smem) const {
     Moments part;
     part.count = float(count_of_warp());
+    const float inv_count = 1.f / fmaxf(part.count, 1.f);  // while loads are in flight
     part.sum = sum_of_warp(vecs, [](float v) { return v; });
-    part.mean = part.sum / fmaxf(part.count, 1.f);
+    part.mean = part.sum * inv_count;
     part.squares = sum_of_warp(vecs, [&](float v) { return (v - part.mean) * (v - part.mean); });
     if constexpr (Config::kThreadsPerRow <= 32) return part;
     if (threadIdx.x % 32 == 0) smem.moments[threadIdx.x / 32] = part;
@@ -108,7 +105,7 @@ struct Row {
     Moments all{float(hidden_size), 0.f, 0.f, 0.f};
 #pragma unroll 4
     for (int i = 0; i < Config::kThreads / 32; ++i) all.sum += smem.moments[i].sum;
-    all.mean = all.sum / all.count;
+    all.mean = all.sum * rows.inv_hidden_size;
 #pragma unroll 4
     for (int i = 0; i < Config::kThreads / 32; ++i) {
       const float shift = smem.moments[i].mean - all.mean;
@@ -117,17 +114,15 @@ struct Row {
     return all;
   }
 
-  // Write f(i, j, element) to the row of out.
+  // Write the row to out, its vector i changed by f(i, elements).
   template <typename F>
   __device__ void store(const Vecs& vecs, const NormRows& rows, F f) const {
     T* out = static_cast<T*>(rows.out) + int64_t(index) * hidden_size;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      if (!inside(i)) break;
-      Vec<T> y;
-#pragma unroll
-      for (int j = 0; j < Vec<T>::kSize; ++j) y[j] = from_float<T>(f(i, j, to_float(vecs[i][j])));
-      store_vec(out + offset(i), y);
+      Floats<T> y = to_floats(vecs[i]);
+      f(i, y);
+      if (inside(i)) store_vec(out + offset(i), from_floats(y));
     }
   }
 
@@ -140,9 +135,11 @@ struct Row {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      if (!inside(i)) break;
+      const Floats<T> v = to_floats(vecs[i]);
+      float part = 0.f;
 #pragma unroll
-      for (int j = 0; j < Vec<T>::kSize; ++j) sum += f(to_float(vecs[i][j]));
+      for (int j = 0; j < Vec<T>::kSize; ++j) part += f(v[j]);
+      sum += inside(i) ? part : 0.f;
     }
     return warp_reduce_sum<kLanes>(sum);
   }
@@ -170,10 +167,11 @@ namespace row_detail {
 
 using HalfWarp = RowConfig<16, 8, 1>;  // rows up to 256 bytes: a head of 128 in 16 bit
 using Warp = RowConfig<32, 4, 1>;      // 512 bytes
-using Small = RowConfig<128, 1, 1>;    // 2 KiB
+using Small = RowConfig<64, 1, 2>;     // 2 KiB
 using Middle = RowConfig<128, 1, 2>;   // 4 KiB: hidden_size 2048 in 16 bit
 using Medium = RowConfig<256, 1, 2>;   // 8 KiB: hidden_size 4096 in 16 bit
 using Narrow = RowConfig<128, 1, 4>;   // the same in fewer threads, where what lies between loads and stores is long
+using Wide = RowConfig<256, 1, 4>;     // 16 KiB: hidden_size 8192 in 16 bit
 using Large = RowConfig<512, 1, 4>;    // 32 KiB
 using Huge = RowConfig<1024, 1, 4>;    // 64 KiB: hidden_size 16384 in fp32
 static_assert(Huge::kMaxRowBytes == kMaxRowBytes);
@@ -184,8 +182,8 @@ static_assert(Huge::kMaxRowBytes == kMaxRowBytes);
 // Medium: the one for 8 KiB.
 template <typename T, typename Medium = row_detail::Medium, typename Launch>
 void with_row_config(const char* kernel, const NormRows& rows, Launch launch) {
-  using row_detail::HalfWarp, row_detail::Warp, row_detail::Small, row_detail::Middle, row_detail::Large;
-  using row_detail::Huge;
+  using row_detail::HalfWarp, row_detail::Warp, row_detail::Small, row_detail::Middle, row_detail::Wide;
+  using row_detail::Large, row_detail::Huge;
   if (rows.num_tokens == 0) return;  // an empty grid is a launch error
   const int64_t row_bytes = int64_t(rows.hidden_size) * int64_t(sizeof(T));
   if (row_bytes <= HalfWarp::kMaxRowBytes) return launch(HalfWarp{});
@@ -193,6 +191,7 @@ void with_row_config(const char* kernel, const NormRows& rows, Launch launch) {
   if (row_bytes <= Small::kMaxRowBytes) return launch(Small{});
   if (row_bytes <= Middle::kMaxRowBytes) return launch(Middle{});
   if (row_bytes <= Medium::kMaxRowBytes) return launch(Medium{});
+  if (row_bytes <= Wide::kMaxRowBytes) return launch(Wide{});
   if (row_bytes <= Large::kMaxRowBytes) return launch(Large{});
   if (row_bytes <= Huge::kMaxRowBytes) return launch(Huge{});
   throw std::runtime_error(std::string(kernel) + ": a row must be at most " + std::to_string(kMaxRowBytes) +

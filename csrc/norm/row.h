@@ -21,6 +21,7 @@ struct NormRows {
   RowLayout residual_layout;
   int64_t num_tokens;
   int hidden_size;       // a multiple of 16 bytes
+  float inv_hidden_size;
 };
 
 }  // namespace fastshard

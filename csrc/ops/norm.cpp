@@ -33,7 +33,8 @@ struct NormCall {
             .out = out.mutable_data_ptr(),
             .x_layout = x_rows.layout,
             .num_tokens = num_rows_of(x, hidden_size),
-            .hidden_size = int(hidden_size)};
+            .hidden_size = int(hidden_size),
+            .inv_hidden_size = 1.f / float(hidden_size)};
     if (residual == nullptr) return;
     FS_CHECK_LIKE(*residual, x);
     STD_TORCH_CHECK(shape_of(*residual) == shape_of(x), "residual must have the shape of x");

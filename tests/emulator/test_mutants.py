@@ -93,16 +93,15 @@ MUTANTS = [
         "norm: sums past the end of a row",
         "norm",
         "norm/row.cuh",
-        "      if (!inside(i)) break;\n#pragma unroll\n"
-        "      for (int j = 0; j < Vec<T>::kSize; ++j) sum +=",
-        "      for (int j = 0; j < Vec<T>::kSize; ++j) sum +=",
+        "inside(i) ? part : 0.f",
+        "part",
     ),
     Mutant(
         "norm: writes past the end of a row",
         "norm",
         "norm/row.cuh",
-        "      if (!inside(i)) break;\n      Vec<T> y;\n",
-        "      Vec<T> y;\n",
+        "if (inside(i)) store_vec(out + offset(i), from_floats(y));",
+        "store_vec(out + offset(i), from_floats(y));",
     ),
     Mutant(
         "linear: no barrier before the sums of squares are read",
