@@ -57,7 +57,7 @@ RopeParams params_of(const Tensor& q, const Tensor& q_out, const Tensor* table, 
   params.max_positions = table->size(0);
   params.rotary_dim = int(2 * table->size(1));
   const int64_t run = interleaved ? params.rotary_dim : params.rotary_dim / 2;
-  params.whole_vectors = params.whole_vectors && run * int64_t(q.element_size()) % 16 == 0;
+  params.whole_vectors = params.whole_vectors && run * int64_t(q.element_size()) % 16 == 0 && is_aligned16(*table);
   return params;
 }
 

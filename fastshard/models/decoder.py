@@ -142,8 +142,9 @@ class ShardTransformerDecoder(nn.Module):
         Raises:
             RuntimeError: there are none.
         """
+        self._any_layer.reset_cache()  # and its flag, which a pass uses for all layers
         for layer in self.layers.values():
-            layer.reset_cache()
+            layer.attn.kv_cache.size = 0
 
     @property
     def any_cache(self) -> KVCache | None:

@@ -16,10 +16,11 @@ from helpers import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MAX_POSITIONS = 40
 STYLES = pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-# (head_dim, rotary_dim): whole vectors, a half that is not whole vectors, partial, odd, none.
+# (head_dim, rotary_dim): whole vectors, a half that is not whole vectors, partial, odd, none, longer
+# than the threads of a block.
 DIMS = pytest.mark.parametrize(
     ("head_dim", "rotary_dim"),
-    [(128, 128), (64, 32), (96, 96), (80, 20), (24, 24), (10, 10), (7, 4), (16, 0), (256, 256)],
+    [(128, 128), (64, 32), (96, 96), (80, 20), (24, 24), (10, 10), (7, 4), (16, 0), (256, 256), (262, 262)],
 )
 
 
@@ -73,6 +74,23 @@ def test_apply_rope_matches_float64(head_dim, rotary_dim, interleaved, dtype, de
     golden = rotate(x.double(), table, positions, interleaved)
     assert_as_accurate(actual, golden, rotate(x, table, positions, interleaved))
     assert torch.equal(actual[..., rotary_dim:], x[..., rotary_dim:])
+
+
+@STYLES
+@pytest.mark.parametrize("num_heads", [16, 17, 39])
+def test_more_heads_than_a_block_covers(num_heads, interleaved, device):
+    q, k, v = packed_qkv(2, 3, num_heads, 5, 128, torch.float32, device)
+    table, positions = make_table(128, device), torch.tensor([5, 0, 2], device=device)
+    caches = make_caches(2, 5, 3, 128, torch.float32, device)
+    overflow = torch.zeros(1, dtype=torch.int32, device=device)
+    slots = torch.arange(3, device=device)
+    rotated_q = ops.rope_append(
+        q, k, v, table, positions, *caches, slots, overflow, interleaved=interleaved
+    )
+    for x, actual in ((q, rotated_q), (k, caches[0].transpose(1, 2))):
+        golden = rotate(x.double(), table, positions[None], interleaved)
+        assert_as_accurate(actual, golden, rotate(x, table, positions[None], interleaved))
+    assert torch.equal(caches[1].transpose(1, 2), v)
 
 
 @STYLES
