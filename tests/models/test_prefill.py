@@ -1,7 +1,9 @@
-"""A prompt on a GPU: the memory it takes, that nothing waits for the device, and its capture."""
+"""A prompt: its largest tensor; on a GPU its memory, that nothing waits for it, its capture."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastshard import Shard, ShardedGeneralModel
 from fastshard.bench.timing import peak_bytes
@@ -31,6 +33,33 @@ def build(device) -> ShardedGeneralModel:
 
 def random_tokens(device, *shape):
     return torch.randint(0, CONFIG["vocab_size"], shape, device=device)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an op gives, views of older ones too."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("chunk_size", [4096, 8192])
+def test_no_tensor_of_tokens_by_keys(chunk_size, is_padded):
+    """Of one chunk and of a second one, whose keys are all; on meta, which computes nothing."""
+    model, num_tokens = build("meta"), CONFIG["max_seq_len"]
+    tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+    first_key = torch.zeros(1, dtype=torch.int64, device="meta") if is_padded else None
+    model.model.setup_caches(1, torch.float16, decoder_max_seq_len=num_tokens)
+    with LargestTensor() as largest:
+        for start in range(0, num_tokens, chunk_size):
+            chunk = tokens[:, start : start + chunk_size]
+            model.generate(chunk, curr_pos=start, first_key=first_key, num_logits=1)
+    assert 0 < largest.elements < chunk_size * chunk_size
 
 
 @CUDA_ONLY

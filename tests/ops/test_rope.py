@@ -16,11 +16,14 @@ from helpers import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MAX_POSITIONS = 40
 STYLES = pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-# (head_dim, rotary_dim): whole vectors, a half that is not whole vectors, partial, odd, none, longer
-# than the threads of a block.
 DIMS = pytest.mark.parametrize(
     ("head_dim", "rotary_dim"),
-    [(128, 128), (64, 32), (96, 96), (80, 20), (24, 24), (10, 10), (7, 4), (16, 0), (256, 256), (262, 262)],
+    [
+        *[(128, 128), (64, 32), (96, 96), (256, 256)],  # whole vectors
+        *[(80, 20), (24, 24), (10, 10)],  # a half that is not
+        *[(7, 4), (16, 0)],  # odd, none
+        (262, 262),  # more elements than a block has threads
+    ],
 )
 
 
