@@ -71,12 +71,15 @@ struct RopeAngles {
   float cosines[kVecSize], sines[kVecSize];  // sines negative where the partner's part is subtracted
   int to_partner;  // elements from these to their partners; 0 where they are neighbours in a vector
 
+  __device__ void set_partner(int i, const RopeParams& p) {
+    to_partner = i < p.rotary_dim / 2 ? p.rotary_dim / 2 : -(p.rotary_dim / 2);
+    if (p.interleaved) to_partner = kVecSize > 1 ? 0 : i % 2 == 0 ? 1 : -1;
+  }
+
   // row: of the table, [rotary_dim / 2, 2] cosine and sine
   __device__ void load(const float* row, int i, const RopeParams& p) {
     const int half = p.rotary_dim / 2;
     const bool is_second = !p.interleaved && i >= half;
-    to_partner = is_second ? -half : half;
-    if (p.interleaved) to_partner = kVecSize > 1 ? 0 : i % 2 == 0 ? 1 : -1;
     const float* const first = row + (p.interleaved ? i / 2 * 2 : 2 * (is_second ? i - half : i));
     float2 pairs[kVecSize];
     if constexpr (kVecSize == 1) {
@@ -141,9 +144,9 @@ __global__ __launch_bounds__(Config::kThreads) void rope_kernel(const RopeParams
   const int i = (int(blockIdx.z) * cover.lanes + int(threadIdx.x) % cover.lanes) * kSize;
   if (int(threadIdx.x) >= cover.heads * cover.lanes || i >= p.head_dim) return;
 
-  const bool rotates = valid && i < p.rotary_dim;
+  const bool rotates = i < p.rotary_dim;
   RopeAngles<T, kSize> angles;
-  if (rotates) angles.load(p.table + position * p.rotary_dim, i, p);
+  angles.set_partner(i, p);
 
   const int num_rotated = p.num_qo_heads + num_kv_heads, num_heads = num_rotated + num_kv_heads;
   const auto source = [&](const RopeHeads& x, int head) {
@@ -153,23 +156,24 @@ __global__ __launch_bounds__(Config::kThreads) void rope_kernel(const RopeParams
     return static_cast<T*>(cache.data) + row * cache.batch_stride + head * cache.head_stride +
            slot * cache.slot_stride + i;
   };
-  RopeVec<T, kSize> own[Config::kHeads], partner[Config::kHeads];
+  RopeVec<T, kSize> own[Config::kHeads], partner[Config::kHeads];  // in flight beside position, slot and angles
   const int step = int(gridDim.y) * cover.heads;
 #pragma unroll
   for (int n = 0; n < Config::kHeads; ++n) {
     const int head = first_head + n * step;
-    if (!valid || head >= num_heads) continue;
+    if (head >= num_heads) continue;
     const T* const from = head < p.num_qo_heads ? source(p.q, head)
                           : head < num_rotated  ? source(p.k, head - p.num_qo_heads)
                                                 : source(p.v, head - num_rotated);
     own[n].load(from);
     if (rotates && head < num_rotated) partner[n] = angles.partner(own[n], from);
   }
+  if (rotates && valid) angles.load(p.table + position * p.rotary_dim, i, p);
 #pragma unroll
   for (int n = 0; n < Config::kHeads; ++n) {
     const int head = first_head + n * step;
     if (head >= num_heads) continue;
-    if (rotates && head < num_rotated) angles.rotate(own[n], partner[n]);
+    if (rotates && valid && head < num_rotated) angles.rotate(own[n], partner[n]);
     if (head < p.num_qo_heads) {
       if (!valid) own[n].fill(p.overflow != nullptr ? 0.f : NAN);
       own[n].store(static_cast<T*>(p.q_out) + (int64_t(token) * p.num_qo_heads + head) * p.head_dim + i);
