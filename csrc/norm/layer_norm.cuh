@@ -15,24 +15,29 @@ __global__ __launch_bounds__(Config::kThreads) void layer_norm_kernel(const Laye
   const Row<T, Config> row(p.rows);
   Vec<T> x[Config::kVecsPerThread];
   row.template load_sum<kAdd>(x, p.rows);
+  const T* const weight = static_cast<const T*>(p.weight);
+  const T* const bias = static_cast<const T*>(p.bias);
+  // In flight during the sums, where registers have room for them.
+  constexpr bool kEarly = Config::kVecsPerThread <= 2;
+  Vec<T> weights[Config::kVecsPerThread], biases[Config::kVecsPerThread];
+  if (kEarly && weight != nullptr) row.load(weights, weight);
+  if (kEarly && bias != nullptr) row.load(biases, bias);
 
   const Moments moments = row.moments(x, p.rows, smem);
   const float mean = moments.mean;
   const float rstd = inverse_sqrt(fmaf(moments.squares, p.rows.inv_hidden_size, p.eps));
 
-  const T* weight = static_cast<const T*>(p.weight);
-  const T* bias = static_cast<const T*>(p.bias);
   row.store(x, p.rows, [&](int i, Floats<T>& y) {
     if (!row.inside(i)) return;
 #pragma unroll
     for (int j = 0; j < Vec<T>::kSize; ++j) y[j] = (y[j] - mean) * rstd;
     if (weight != nullptr) {
-      const Floats<T> w = to_floats(load_vec(weight + row.offset(i)));
+      const Floats<T> w = to_floats(kEarly ? weights[i] : load_vec(weight + row.offset(i)));
 #pragma unroll
       for (int j = 0; j < Vec<T>::kSize; ++j) y[j] *= w[j];
     }
     if (bias != nullptr) {
-      const Floats<T> b = to_floats(load_vec(bias + row.offset(i)));
+      const Floats<T> b = to_floats(kEarly ? biases[i] : load_vec(bias + row.offset(i)));
 #pragma unroll
       for (int j = 0; j < Vec<T>::kSize; ++j) y[j] += b[j];
     }
