@@ -1,4 +1,4 @@
-"""The command line: ``fastshard generate``, ``fastshard bench`` and ``fastshard info``.
+"""The command line: ``fastshard generate``, ``bench``, ``bench compare`` and ``info``.
 
 Of ``generate`` only the text goes to stdout; progress, figures and errors go to stderr. Exit
 status: 0, 2 where the command line is wrong, 1 for everything else that fails.
@@ -20,6 +20,7 @@ from fastshard.token_loop import DEFAULT_PREFILL_CHUNK_SIZE
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _BENCHMARKS = ("attention", "linear", "mlp", "norm", "prefill", "decode", "start")
+_BENCH_COMMANDS = ("bench compare",)
 _DECODE_MODES = ("persistent", "graph", "eager")
 _PEERS = ("eager", "compile", "autotune", "sdpa")
 
@@ -33,8 +34,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = build_parser().parse_args(arguments)
-    args.command_line = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    args = build_parser().parse_args(_as_one_command(arguments))
+    args.command_line = arguments
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -50,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _as_one_command(arguments: list[str]) -> list[str]:
+    """``bench compare`` is a command of its own, whose name is two words."""
+    name = " ".join(arguments[:2])
+    return [name, *arguments[2:]] if name in _BENCH_COMMANDS else arguments
+
+
 def _show_warning(message: Warning | str, *where) -> None:
     print(f"fastshard: warning: {message}", file=sys.stderr)
 
@@ -60,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_bench(commands)
+    _add_bench_compare(commands)
     info = commands.add_parser("info", help="what is installed, compiled and visible")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.add_argument(
@@ -112,7 +121,8 @@ def _add_bench(commands) -> None:
         "bench",
         help="time kernels, prefill and decode steps against this GPU's limits and PyTorch",
         description="Time on the current GPU, one line a case. BENCHMARK is any of "
-        f"{', '.join(_BENCHMARKS)} (default: all); without more, at the shapes of our goals.",
+        f"{', '.join(_BENCHMARKS)} or all (the default); without more, at the shapes of our goals. "
+        "See also fastshard bench compare --help.",
     )
     bench.set_defaults(run=run_bench)
     add = bench.add_argument
@@ -148,6 +158,29 @@ def _add_bench(commands) -> None:
     add("--json", metavar="FILE", help="write everything that was measured")
 
 
+def _add_bench_compare(commands) -> None:
+    compare = commands.add_parser(
+        "bench compare",
+        help="put the times of two results beside each other",
+        description="Match the lines of two files that fastshard bench --json wrote, by case, "
+        "variant, shape and dtype, and print both times, A/B, "
+        "and whether they are equal within their spread.",
+    )
+    compare.set_defaults(run=run_bench_compare)
+    compare.add_argument("a", metavar="A.json", help="the result to compare with")
+    compare.add_argument("b", metavar="B.json", help="the result that is compared")
+
+
+def run_bench_compare(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastshard.bench import compare
+
+    for line in compare.lines(Path(args.a), Path(args.b)):
+        print(line)
+    return 0
+
+
 def run_bench(args: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -167,7 +200,7 @@ def run_bench(args: argparse.Namespace) -> int:
         num_layers=args.layers,
     )
     run(
-        args.benchmarks or _BENCHMARKS,
+        _BENCHMARKS if "all" in (args.benchmarks or ("all",)) else args.benchmarks,
         settings,
         command=["fastshard", *args.command_line],
         json_path=args.json and Path(args.json),
@@ -321,9 +354,9 @@ def _number(text: str) -> float:
     return value
 
 
-@_argument(f"one of {', '.join(_BENCHMARKS)}")
+@_argument(f"one of {', '.join(_BENCHMARKS)}, all")
 def _benchmark(text: str) -> str:
-    if text not in _BENCHMARKS:
+    if text not in (*_BENCHMARKS, "all"):
         raise ValueError
     return text
 

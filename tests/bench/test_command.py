@@ -32,7 +32,7 @@ def no_gpu(monkeypatch):
     [
         (
             ["prefil"],
-            "must be one of attention, linear, mlp, norm, prefill, decode, start, got 'prefil'",
+            "one of attention, linear, mlp, norm, prefill, decode, start, all, got 'prefil'",
         ),
         (["--vs", "eager,jax"], "none, or some of eager, compile, autotune, sdpa, got 'eager,jax'"),
         (["--batch", "0"], "must be a positive integer, got '0'"),
@@ -107,6 +107,8 @@ def test_defaults(monkeypatch):
     assert given == [command.NAMES, Settings()]
     assert bench("--vs", "none") == 0
     assert given[3].peers == ()
+    assert bench("mlp", "all") == 0
+    assert given[4] == command.NAMES
 
 
 def test_the_parser_knows_what_there_is():
