@@ -26,7 +26,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 # How the two 16-bit types stand in a demangled kernel name, and in the tensor-core instruction.
-HMMA_OF_TYPE = {"__half": r"HMMA\.16816\.F32$", "__nv_bfloat16": r"HMMA\.16816\.F32\.BF16$"}
+HMMA_OF_TYPE = {"__half": r"HMMA\.16816\.F(16|32)$", "__nv_bfloat16": r"HMMA\.16816\.F32\.BF16$"}
 
 
 def load_reader():

@@ -96,6 +96,15 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d[16, 8] = a[16, 16] * b[16, 8] + c[16, 8] of float16, fp16 accumulation; a register holds two neighbours of a row.
+__device__ __forceinline__ void mma_m16n8k16_fp16(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                  uint32_t c0, uint32_t c1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %9};"
+      : "=r"(d[0]), "=r"(d[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c0), "r"(c1));
+}
+
 // 16 bytes that no other thread will read again (weights): past L1.
 __device__ __forceinline__ uint4 ld_global_streaming(const void* global) {
   uint4 v;

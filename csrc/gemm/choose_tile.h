@@ -6,7 +6,8 @@ namespace fastshard {
 
 constexpr int64_t kGemmMaxStride = int64_t(1) << 26;  // of rows: 256 of them are counted in 32 bits, in chunks of 8
 
-enum class GemmTileSize { kAuto, k128x256, k128x128, k64x128 };
+// kFp16Sums128x256: float16 only, and never chosen by kAuto.
+enum class GemmTileSize { kAuto, k128x256, k128x128, k64x128, kFp16Sums128x256 };
 
 struct GemmTileCost {
   GemmTileSize size;

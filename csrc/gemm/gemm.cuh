@@ -151,7 +151,8 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void gemm_ker
               if (part * Tile::kRowTiles / Loader::kParts == m) loader.load(smem.stages[refill], part);
             }
           }
-          tile.multiply_row(fragments[step % 2], m);
+          if constexpr (Config::kFp16Sums) tile.multiply_row_fp16(fragments[step % 2], m);
+          else tile.multiply_row(fragments[step % 2], m);
         }
         if (step == 0) loader.advance(p, order);
       }

@@ -1,6 +1,7 @@
 // Launches a product with the tile that its sizes ask for.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "gemm/choose_tile.h"
 #include "gemm/gemm.cuh"
@@ -10,6 +11,9 @@ namespace fastshard {
 using GemmConfig128x256 = GemmConfig<2, 4, 64, 64, 32, 4, 1>;
 using GemmConfig128x128 = GemmConfig<2, 2, 64, 64, 32, 3, 2>;
 using GemmConfig64x128 = GemmConfig<2, 2, 32, 64, 32, 4, 2>;
+struct GemmConfigFp16Sums : GemmConfig128x256 {
+  static constexpr bool kFp16Sums = true;
+};
 
 // As many blocks as are resident together: each takes tiles in turn.
 template <typename Config, typename T, typename Epilogue>
@@ -35,6 +39,8 @@ void launch_gemm(const GemmParams<T, Epilogue>& p, GemmTileSize size, cudaStream
     case GemmTileSize::k128x256: return launch_gemm_config<GemmConfig128x256>(p, stream);
     case GemmTileSize::k128x128: return launch_gemm_config<GemmConfig128x128>(p, stream);
     case GemmTileSize::k64x128:  return launch_gemm_config<GemmConfig64x128>(p, stream);
+    case GemmTileSize::kFp16Sums128x256:
+      if constexpr (std::is_same_v<T, __half>) return launch_gemm_config<GemmConfigFp16Sums>(p, stream);
   }
 }
 

@@ -116,17 +116,23 @@ struct Variant {
   GemmTileSize tile = GemmTileSize::kAuto;
 };
 
+bool is_auto(const std::string& variant) { return variant == "auto" || variant == "auto_fp16_accumulation"; }
+
 // "auto" is a heuristic, until a table of measurements serves: torch's products use instructions of compute capability
 // 9.0 that pass what those of 8.x reach; on 8.x both use the same, and ours need no gate and up in memory.
-Variant variant_of(const std::string& name) {
+Variant variant_of(const std::string& name, int64_t num_tokens) {
   if (name == "library") return {true};
   if (name == "tiles") return {};
   if (name == "tiles_128x256") return {false, GemmTileSize::k128x256};
   if (name == "tiles_128x128") return {false, GemmTileSize::k128x128};
   if (name == "tiles_64x128") return {false, GemmTileSize::k64x128};
-  STD_TORCH_CHECK(name == "auto", "fused_mlp: variant must be auto, library, tiles, tiles_128x256, tiles_128x128 or ",
-                  "tiles_64x128, got ", name);
-  return {compute_capability() >= 90};
+  if (name == "tiles_fp16_accumulation") return {false, GemmTileSize::kFp16Sums128x256};
+  STD_TORCH_CHECK(is_auto(name), "fused_mlp: variant must be auto, auto_fp16_accumulation, library, tiles, ",
+                  "tiles_128x256, tiles_128x128, tiles_64x128 or tiles_fp16_accumulation, got ", name);
+  if (compute_capability() >= 90) return {true};
+  // fewer rows are half a tile, and wait for the weights, not for the tensor cores
+  const bool fp16_sums = name == "auto_fp16_accumulation" && num_tokens > 64;
+  return {false, fp16_sums ? GemmTileSize::kFp16Sums128x256 : GemmTileSize::kAuto};
 }
 
 }  // namespace
@@ -148,15 +154,17 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
     FS_CHECK_LIKE(*residual, x);
     STD_TORCH_CHECK(shape_of(*residual) == shape, "fused_mlp: residual must have the shape of x");
   }
+  STD_TORCH_CHECK(variant.find("fp16_accumulation") == std::string::npos || x.scalar_type() == ScalarType::Half,
+                  "fused_mlp: variant ", variant, " takes float16 only");
   const Activation parsed = activation_of(activation);
 
   const DeviceGuard guard(x);
   if (x.numel() == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / hidden_size;
-  const bool streams = variant == "auto" && num_tokens <= kFusedMlpMaxTokens && can_stream(gate_up_weight) &&
+  const bool streams = is_auto(variant) && num_tokens <= kFusedMlpMaxTokens && can_stream(gate_up_weight) &&
                        can_stream(down_weight);
   if (!streams) {
-    const Variant many = variant_of(variant);
+    const Variant many = variant_of(variant, num_tokens);
     if (many.library || !can_tile(gate_up_weight) || !can_tile(down_weight)) {
       return library_path(x, gate_up_weight, down_weight, parsed, residual);
     }

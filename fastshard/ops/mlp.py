@@ -27,6 +27,7 @@ def fused_mlp(
     *,
     activation: str = "silu",
     residual: Tensor | None = None,
+    fp16_accumulation: bool | None = None,
 ) -> Tensor:
     """Compute ``residual + (activation(x @ gate.T) * (x @ up.T)) @ down.T``.
 
@@ -37,14 +38,21 @@ def fused_mlp(
         down_weight: ``[hidden_size, intermediate_size]``.
         activation: ``silu``, ``gelu`` (with erf), ``gelu_tanh`` or ``relu``.
         residual: ``[..., hidden_size]`` or ``None``; any strides.
+        fp16_accumulation: Let the products of more than 64 rows on compute capability 8.x add 16
+            values at a time in float16, and only such sums in float32. A sum of 16 that passes
+            65504 becomes infinite. ``None`` asks ``torch.backends.cuda.matmul.
+            allow_fp16_accumulation`` (False unless set) where ``x`` is float16; ``torch.compile``
+            asks when it compiles. No effect elsewhere.
 
     Returns:
-        ``[..., hidden_size]``, contiguous, dtype of ``x``. Sums in float32; the product of gate
-        and up is rounded to the dtype before the second matrix, the output once.
+        ``[..., hidden_size]``, contiguous, dtype of ``x``. Sums in float32, but for
+        ``fp16_accumulation``; the product of gate and up is rounded to the dtype before the second
+        matrix, the output once.
 
     Raises:
         ValueError: A shape or device does not fit, or ``activation`` is unknown.
-        TypeError: ``x`` has another dtype, or another tensor not that of ``x``.
+        TypeError: ``x`` has another dtype, or another tensor not that of ``x``; or
+            ``fp16_accumulation`` is True and ``x`` not float16.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
     """
@@ -66,9 +74,19 @@ def fused_mlp(
         check_shape("residual", residual, x.shape)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if fp16_accumulation and x.dtype != torch.float16:
+        raise TypeError(f"fp16_accumulation takes x of torch.float16, got {x.dtype}")
+    if fp16_accumulation is None:
+        fp16_accumulation = x.dtype == torch.float16 and _torch_allows_fp16_accumulation()
+    variant = "auto_fp16_accumulation" if fp16_accumulation else "auto"
     return torch.ops.fastshard.fused_mlp.default(
-        x, gate_up_weight, down_weight, activation, residual
+        x, gate_up_weight, down_weight, activation, residual, variant
     )
+
+
+@torch.compiler.assume_constant_result
+def _torch_allows_fp16_accumulation() -> bool:
+    return torch.backends.cuda.matmul.allow_fp16_accumulation
 
 
 @torch.library.register_fake("fastshard::fused_mlp")

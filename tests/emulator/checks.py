@@ -143,7 +143,7 @@ def tiled_mlp():
     gate_up_weight = inside_nan(2 * 88, 200, dtype=torch.float16, scale=200**-0.5)
     down_weight = inside_nan(200, 88, dtype=torch.float16, scale=88**-0.5)
     arguments = x, gate_up_weight, down_weight, "silu", inside_nan(150, 200, dtype=torch.float16)
-    variants = ("tiles_128x256", "tiles_128x128", "tiles_64x128")
+    variants = ("tiles_128x256", "tiles_128x128", "tiles_64x128", "tiles_fp16_accumulation")
     return lambda: tuple(torch.ops.fastshard.fused_mlp.default(*arguments, v) for v in variants)
 
 

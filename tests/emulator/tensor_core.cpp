@@ -92,6 +92,28 @@ void combine_mma(void* const* records, uint32_t) {
   }
 }
 
+// The sum of 16 products and c, rounded once: PTX leaves open what is rounded on the way.
+void combine_mma_fp16(void* const* records, uint32_t lanes) {
+  float sums[32][4];
+  MmaRecord with_floats[32];
+  void* pointers[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& record = *static_cast<const MmaFp16Record*>(records[lane]);
+    for (int i = 0; i < 4; ++i) {
+      sums[lane][i] = __half2float(std::bit_cast<__half>(uint16_t(record.c[i / 2] >> i % 2 * 16)));
+    }
+    with_floats[lane] = {sums[lane], record.a, {record.b[0], record.b[1]}};
+    pointers[lane] = &with_floats[lane];
+  }
+  combine_mma<__half>(pointers, lanes);
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto bits = [&](int i) { return uint32_t(std::bit_cast<uint16_t>(__float2half_rn(sums[lane][i]))); };
+    uint32_t* const d = static_cast<const MmaFp16Record*>(records[lane])->d;
+    d[0] = bits(0) | bits(1) << 16;
+    d[1] = bits(2) | bits(3) << 16;
+  }
+}
+
 template void combine_mma<__half>(void* const*, uint32_t);
 template void combine_mma<__nv_bfloat16>(void* const*, uint32_t);
 

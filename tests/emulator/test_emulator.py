@@ -90,12 +90,8 @@ def test_indices(run):
     assert torch.equal(out[..., 3].long(), torch.arange(40).expand(24, 40))
 
 
-@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
-def test_mma(run, dtype):
-    a, b = (torch.randn(shape).to(getattr(torch, dtype)) for shape in [(16, 16), (16, 8)])
-    c = torch.randn(16, 8)
-    golden = c.double() + a.double() @ b.double()
-    # Registers of each lane as in the PTX ISA, "Matrix Fragments for mma.m16n8k16".
+def mma_registers(a, b, c, golden):
+    """Registers of each lane as in the PTX ISA, "Matrix Fragments for mma.m16n8k16"."""
     a_registers, b_registers, d, expected = [], [], [], []
     for lane in range(32):
         row, low = lane // 4, slice(lane % 4 * 2, lane % 4 * 2 + 2)
@@ -104,10 +100,28 @@ def test_mma(run, dtype):
         b_registers += [b[low, row], b[high, row]]
         d += [c[row, low], c[row + 8, low]]
         expected += [golden[row, low], golden[row + 8, low]]
-    d = torch.cat(d)
-    run(f"mma_{dtype}", torch.cat(a_registers), torch.cat(b_registers), d)
+    return map(torch.cat, (a_registers, b_registers, d, expected))
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_mma(run, dtype):
+    a, b = (torch.randn(shape).to(getattr(torch, dtype)) for shape in [(16, 16), (16, 8)])
+    c = torch.randn(16, 8)
+    a, b, d, expected = mma_registers(a, b, c, c.double() + a.double() @ b.double())
+    run(f"mma_{dtype}", a, b, d)
     # 17 float32 additions of values below 32
-    torch.testing.assert_close(d.double(), torch.cat(expected), rtol=0, atol=17 * 32 * 2**-24)
+    torch.testing.assert_close(d.double(), expected, rtol=0, atol=17 * 32 * 2**-24)
+
+
+def test_mma_fp16(run):
+    # Sums of integers below 2^24 are exact in float32, and rounded once to float16 from 2048 on.
+    a, b = (torch.randint(-99, 100, shape).half() for shape in [(16, 16), (16, 8)])
+    c = torch.randint(-2048, 2048, (16, 8)).half()
+    a, b, c, expected = mma_registers(a, b, c, (c.double() + a.double() @ b.double()).half())
+    d = torch.zeros_like(c)
+    run("mma_fp16", a, b, c, d)
+    assert (d.abs() > 2048).any()
+    assert torch.equal(d, expected)
 
 
 @pytest.mark.parametrize("trans", [False, True])

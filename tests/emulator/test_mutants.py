@@ -221,6 +221,13 @@ MUTANTS = [
         "    if (at == blockIdx.x) tile.clear();\n    for",
     ),
     Mutant(
+        "gemm: forgets all but the last sums of float16",
+        "tiled_mlp",
+        "gemm/tile.cuh",
+        "sums[m][n][e + 1] += pair.y;",
+        "sums[m][n][e + 1] = pair.y;",
+    ),
+    Mutant(
         "gemm: fragments of the wrong half of a stage",
         "tiled_mlp",
         "gemm/gemm.cuh",

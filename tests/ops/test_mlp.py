@@ -20,6 +20,7 @@ HALF_DTYPES = [torch.float16, torch.bfloat16]
 NAN = float("nan")
 TILES = ["tiles_128x256", "tiles_128x128", "tiles_64x128"]
 VARIANTS = ["library", "tiles", *TILES]
+FP16_SUMS = "tiles_fp16_accumulation"  # float16 only
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -180,6 +181,106 @@ def test_many_tiles(num_tokens, hidden_size, intermediate_size, variant, device)
     check_variant(make(num_tokens, hidden_size, intermediate_size, torch.bfloat16, device), variant)
 
 
+@KERNELS_ONLY
+@pytest.mark.parametrize("num_tokens", [1, 127, 129, 300])
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size"), [(8, 8), (40, 72), (136, 120), (264, 136)]
+)
+def test_sizes_of_fp16_sums(num_tokens, hidden_size, intermediate_size, device):
+    a = make(num_tokens, hidden_size, intermediate_size, torch.float16, device)
+    check_variant(a, FP16_SUMS)
+
+
+def run_down(hidden: Tensor, weight: Tensor, residual: Tensor | None, variant: str) -> Tensor:
+    """``hidden @ weight.T`` plus ``residual``: the first product is exact.
+
+    Args:
+        hidden: ``[hidden_size, intermediate_size]``.
+        weight: ``[hidden_size, intermediate_size]``.
+        residual: ``[hidden_size, hidden_size]`` or ``None``.
+        variant: Of the raw op.
+    """
+    x = torch.eye(len(hidden), dtype=hidden.dtype, device=hidden.device)
+    gate_up = torch.stack([hidden.abs(), hidden.sign()], dim=2).flatten(1, 2).T.contiguous()
+    arguments = {"x": x, "gate_up_weight": gate_up, "down_weight": weight, "residual": residual}
+    return run_variant(arguments, variant, "relu")
+
+
+def error_of_sums(variant: str, device: torch.device) -> float:
+    """Of sums of 4096 normal products, before they are rounded: RMS, of an RMS of 1."""
+    hidden, weight = torch.randn(2, 16, 4096, dtype=torch.float16, device=device)
+    weight /= 64
+    golden = hidden.double() @ weight.double().T
+    residual = -golden.half()  # leaves values that float16 rounds by little
+    left = run_down(hidden, weight, residual, variant).double() - (golden + residual.double())
+    return left.square().mean().sqrt().item()
+
+
+# 256 sums of 16 products, each rounded to 11 bits, err as much as one such rounding of their sum:
+# 2e-4 of it. PTX lets hardware round more often, or cut; tensor cores' float32 sums err by 5e-6.
+@KERNELS_ONLY
+def test_error_of_fp16_sums(device):
+    assert error_of_sums("tiles_64x128", device) < 1e-5
+    assert 1e-4 < error_of_sums(FP16_SUMS, device) < 4e-4
+
+
+# Sums of 16 products are below 2048, and so exact; those of 2048 are beyond what float16 holds.
+@KERNELS_ONLY
+def test_fp16_sums_are_added_in_float32(device):
+    hidden, weight = torch.randint(4, 9, (2, 16, 4096), device=device).half()
+    weight[:, 2048:] *= -1
+    assert (hidden[:, :2048].double() @ weight[:, :2048].double().T).min() > 65504
+    expected = (hidden.double() @ weight.double().T).half()
+    assert torch.equal(run_down(hidden, weight, None, FP16_SUMS), expected)
+
+
+@pytest.fixture
+def allow_fp16_accumulation():
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    yield
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
+# Up to 64 rows wait for the weights.
+@EMULATOR_ONLY
+@pytest.mark.parametrize(("num_tokens", "variant"), [(16, "auto"), (64, "tiles"), (65, FP16_SUMS)])
+def test_fp16_accumulation_is_for_many_rows(num_tokens, variant, device):
+    a = make(num_tokens, 264, 136, torch.float16, device)
+    in_float32 = ops.fused_mlp(**a)
+    assert torch.equal(in_float32, run_variant(a, "auto"))
+    actual = ops.fused_mlp(**a, fp16_accumulation=True)
+    assert torch.equal(actual, run_variant(a, variant))
+    assert torch.equal(actual, in_float32) == (variant != FP16_SUMS)
+
+
+@EMULATOR_ONLY
+@pytest.mark.usefixtures("allow_fp16_accumulation")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp16_accumulation_where_torch_allows_it(compiled, device):
+    a = make(70, 264, 136, torch.float16, device)
+    function = ops.fused_mlp
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(function(**a), run_variant(a, FP16_SUMS))
+    assert torch.equal(function(**a, fp16_accumulation=False), run_variant(a, "auto"))
+
+
+@pytest.mark.usefixtures("allow_fp16_accumulation")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fp16_accumulation_is_of_float16(dtype, device):
+    a = make(70, 72, 40, dtype, device)
+    expected = ops.fused_mlp(**a, fp16_accumulation=False)
+    assert torch.equal(ops.fused_mlp(**a), expected)
+    with pytest.raises(TypeError, match=f"fp16_accumulation takes x of torch.float16, got {dtype}"):
+        ops.fused_mlp(**a, fp16_accumulation=True)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("num_tokens", [128, 520, 2048])
+def test_model_sizes_of_fp16_sums(num_tokens, device):
+    check_variant(make(num_tokens, 3584, 9480, torch.float16, device), FP16_SUMS)
+
+
 @CUDA_ONLY
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [33, 520, 2048])
@@ -201,7 +302,7 @@ def test_tile_sizes_give_the_same(num_tokens, device):
 @KERNELS_ONLY
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, FP16_SUMS])
 def test_activations_of_variants(variant, activation, with_residual, device):
     a = make(20, 72, 40, torch.float16, device)
     if not with_residual:
@@ -277,7 +378,7 @@ def test_memory_around_the_arguments_is_not_read(num_tokens, device):
 
 
 @KERNELS_ONLY
-@pytest.mark.parametrize("variant", TILES)
+@pytest.mark.parametrize("variant", [*TILES, FP16_SUMS])
 def test_tiles_read_nothing_around_the_arguments(variant, device):
     a = make(70, 72, 40, torch.float16, device)
     assert torch.equal(run_variant(inside_nan(a), variant), run_variant(a, variant))
@@ -375,8 +476,16 @@ def test_raw_op_guards_memory(name, part, message, device):
 @KERNELS_ONLY
 def test_raw_op_rejects_another_variant(device):
     a = make(2, 64, 40, torch.float16, device)
-    with pytest.raises(RuntimeError, match=r"variant must be auto, library, .*, got tile"):
+    with pytest.raises(RuntimeError, match=r"variant must be auto, .*, got tile"):
         run_variant(a, "tile")
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("variant", ["auto_fp16_accumulation", FP16_SUMS])
+def test_raw_op_sums_no_bfloat16_in_fp16(variant, device):
+    a = make(2, 64, 40, torch.bfloat16, device)
+    with pytest.raises(RuntimeError, match=f"variant {variant} takes float16 only"):
+        run_variant(a, variant)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 17])
@@ -416,21 +525,23 @@ def test_runs_one_kernel_of_ours(num_tokens, device):
 
 
 @CUDA_ONLY
-@pytest.mark.parametrize("variant", TILES)
+@pytest.mark.parametrize("variant", [*TILES, FP16_SUMS])
 def test_tiles_replay_in_a_graph(variant, device):
     a = make(200, 256, 96, torch.float16, device)
     assert_replays_in_a_graph(lambda: run_variant(a, variant), a["x"])
 
 
 @CUDA_ONLY
-@pytest.mark.parametrize("variant", ["auto", *VARIANTS])
+@pytest.mark.parametrize("variant", ["auto", "auto_fp16_accumulation", *VARIANTS, FP16_SUMS])
 def test_kernels_of_many_rows(variant, device):
     a = make(200, 256, 96, torch.float16, device)
     names = cuda_kernel_names(lambda: run_variant(a, variant))
     ours = sum("fastshard::gemm_kernel" in name for name in names)
-    tiles = torch.cuda.get_device_capability()[0] == 8 if variant == "auto" else "tiles" in variant
+    is_auto = variant.startswith("auto")
+    tiles = torch.cuda.get_device_capability()[0] == 8 if is_auto else "tiles" in variant
     assert ours == 2 * tiles
     assert not tiles or len(names) == 2
+    assert all(("Fp16Sums" in name) == ("fp16" in variant) for name in names if tiles)
 
 
 @EMULATOR_ONLY

@@ -53,6 +53,14 @@ __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, float* d) {  //
   for (int i = 0; i < 4; ++i) d[lane * 4 + i] = sums[i];
 }
 
+__global__ void mma_fp16_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* d) {  // c, d as b
+  const int lane = threadIdx.x;
+  uint32_t fragment[4], sums[2];
+  for (int i = 0; i < 4; ++i) fragment[i] = a[lane * 4 + i];
+  ptx::mma_m16n8k16_fp16(sums, fragment, b[lane * 2], b[lane * 2 + 1], c[lane * 2], c[lane * 2 + 1]);
+  for (int i = 0; i < 2; ++i) d[lane * 2 + i] = sums[i];
+}
+
 struct FourTiles {
   uint16_t elems[32][8];
 };
@@ -263,6 +271,9 @@ EXPORT indices(int* out, int x, int y, int z, int threads) {
 }
 EXPORT mma_half(const uint32_t* a, const uint32_t* b, float* d) {
   return attempt<void>(false, mma_kernel<__half>, 1, 32, a, b, d);
+}
+EXPORT mma_fp16(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* d) {
+  return attempt<void>(false, mma_fp16_kernel, 1, 32, a, b, c, d);
 }
 EXPORT mma_bfloat16(const uint32_t* a, const uint32_t* b, float* d) {
   return attempt<void>(false, mma_kernel<__nv_bfloat16>, 1, 32, a, b, d);

@@ -29,6 +29,14 @@ void combine_mma(void* const* records, uint32_t lanes);
 template <typename T>
 inline constexpr Collective kMma{"mma", combine_mma<T>, true};
 
+struct MmaFp16Record {
+  uint32_t* d;
+  const uint32_t* a;
+  uint32_t b[2], c[2];
+};
+void combine_mma_fp16(void* const* records, uint32_t lanes);
+inline constexpr Collective kMmaFp16{"mma", combine_mma_fp16, true};
+
 }  // namespace fastshard::simt
 
 namespace fastshard::ptx {
@@ -64,6 +72,12 @@ template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   simt::MmaRecord record{d, a, {b0, b1}};
   simt::warp_collective(0xffffffffu, simt::kMma<T>, &record);
+}
+
+__device__ __forceinline__ void mma_m16n8k16_fp16(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                  uint32_t c0, uint32_t c1) {
+  simt::MmaFp16Record record{d, a, {b0, b1}, {c0, c1}};
+  simt::warp_collective(0xffffffffu, simt::kMmaFp16, &record);
 }
 
 __device__ __forceinline__ uint4 ld_global_streaming(const void* global) {
