@@ -4,19 +4,20 @@
 namespace fastshard {
 
 template <typename T>
-void layer_norm(const LayerNormParams& p, cudaStream_t stream) {
-  constexpr int64_t kManyRows = 1024;  // more than run at once: rows wait for rows, not for their own latencies
-  const auto launch = [&](auto config) {
+void layer_norm(const LayerNormParams& p, RowVariant variant, cudaStream_t stream) {
+  // Of more rows than run at once one hides the latencies of another: fewer threads, with less to tell each other.
+  constexpr int64_t kManyRows = 1024;
+  const int64_t row_bytes = int64_t(p.rows.hidden_size) * int64_t(sizeof(T));
+  if (variant.is_auto() && p.rows.num_tokens >= kManyRows && row_bytes > 4096 && row_bytes <= 8192) variant = {128, 4};
+  with_row_config<T>("layer_norm", p.rows, variant, [&](auto config) {
     using Config = decltype(config);
     const auto kernel = p.rows.residual ? layer_norm_kernel<T, Config, true> : layer_norm_kernel<T, Config, false>;
     launch_kernel<RowSharedStorage<Config>>(kernel, row_grid<Config>(p.rows), Config::kThreads, stream, p);
-  };
-  if (p.rows.num_tokens < kManyRows) return with_row_config<T>("layer_norm", p.rows, launch);
-  with_row_config<T, row_detail::Narrow>("layer_norm", p.rows, launch);
+  });
 }
 
-template void layer_norm<float>(const LayerNormParams&, cudaStream_t);
-template void layer_norm<__half>(const LayerNormParams&, cudaStream_t);
-template void layer_norm<__nv_bfloat16>(const LayerNormParams&, cudaStream_t);
+template void layer_norm<float>(const LayerNormParams&, RowVariant, cudaStream_t);
+template void layer_norm<__half>(const LayerNormParams&, RowVariant, cudaStream_t);
+template void layer_norm<__nv_bfloat16>(const LayerNormParams&, RowVariant, cudaStream_t);
 
 }  // namespace fastshard

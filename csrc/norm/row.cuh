@@ -2,6 +2,7 @@
 #pragma once
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
@@ -165,37 +166,46 @@ __device__ __forceinline__ float inverse_sqrt(float x) {
 
 namespace row_detail {
 
-using HalfWarp = RowConfig<16, 8, 1>;  // rows up to 256 bytes: a head of 128 in 16 bit
-using Warp = RowConfig<32, 4, 1>;      // 512 bytes
-using Small = RowConfig<64, 1, 2>;     // 2 KiB
-using Middle = RowConfig<128, 1, 2>;   // 4 KiB: hidden_size 2048 in 16 bit
-using Medium = RowConfig<256, 1, 2>;   // 8 KiB: hidden_size 4096 in 16 bit
-using Narrow = RowConfig<128, 1, 4>;   // the same in fewer threads, where what lies between loads and stores is long
-using Wide = RowConfig<256, 1, 4>;     // 16 KiB: hidden_size 8192 in 16 bit
-using Large = RowConfig<512, 1, 4>;    // 32 KiB
-using Huge = RowConfig<1024, 1, 4>;    // 64 KiB: hidden_size 16384 in fp32
-static_assert(Huge::kMaxRowBytes == kMaxRowBytes);
+template <typename... Configs>
+struct ConfigList {};
+
+// The first that holds a row is taken where no variant is asked for.
+using Configs = ConfigList<RowConfig<16, 8, 1>,     // rows up to 256 bytes: a head of 128 in 16 bit
+                           RowConfig<32, 4, 1>,     // 512 bytes
+                           RowConfig<64, 1, 2>,     // 2 KiB
+                           RowConfig<128, 1, 2>,    // 4 KiB: hidden_size 2048 in 16 bit
+                           RowConfig<256, 1, 2>,    // 8 KiB: hidden_size 4096 in 16 bit
+                           RowConfig<128, 1, 4>,    // the same in fewer threads
+                           RowConfig<512, 1, 1>,    // the same in more
+                           RowConfig<256, 1, 4>,    // 16 KiB: hidden_size 8192 in 16 bit
+                           RowConfig<512, 1, 4>,    // 32 KiB
+                           RowConfig<1024, 1, 4>>;  // 64 KiB: hidden_size 16384 in fp32
+
+template <typename Launch, typename... Configs>
+bool launch_first_of(ConfigList<Configs...>, int64_t row_bytes, RowVariant variant, Launch launch) {
+  const auto serves = [&]<typename Config>(std::type_identity<Config>) {
+    const bool is_asked = variant.is_auto() || (variant.threads_per_row == Config::kThreadsPerRow &&
+                                                variant.vecs_per_thread == Config::kVecsPerThread);
+    return is_asked && row_bytes <= Config::kMaxRowBytes;
+  };
+  return ((serves(std::type_identity<Configs>{}) && (launch(Configs{}), true)) || ...);
+}
 
 }  // namespace row_detail
 
-// Calls launch(config) with the smallest configuration that holds a row of T in registers; nothing for no rows.
-// Medium: the one for 8 KiB.
-template <typename T, typename Medium = row_detail::Medium, typename Launch>
-void with_row_config(const char* kernel, const NormRows& rows, Launch launch) {
-  using row_detail::HalfWarp, row_detail::Warp, row_detail::Small, row_detail::Middle, row_detail::Wide;
-  using row_detail::Large, row_detail::Huge;
+// Calls launch(config) with the configuration asked for, or the smallest that holds a row of T in registers; nothing
+// for no rows.
+template <typename T, typename Launch>
+void with_row_config(const char* kernel, const NormRows& rows, RowVariant variant, Launch launch) {
   if (rows.num_tokens == 0) return;  // an empty grid is a launch error
   const int64_t row_bytes = int64_t(rows.hidden_size) * int64_t(sizeof(T));
-  if (row_bytes <= HalfWarp::kMaxRowBytes) return launch(HalfWarp{});
-  if (row_bytes <= Warp::kMaxRowBytes) return launch(Warp{});
-  if (row_bytes <= Small::kMaxRowBytes) return launch(Small{});
-  if (row_bytes <= Middle::kMaxRowBytes) return launch(Middle{});
-  if (row_bytes <= Medium::kMaxRowBytes) return launch(Medium{});
-  if (row_bytes <= Wide::kMaxRowBytes) return launch(Wide{});
-  if (row_bytes <= Large::kMaxRowBytes) return launch(Large{});
-  if (row_bytes <= Huge::kMaxRowBytes) return launch(Huge{});
-  throw std::runtime_error(std::string(kernel) + ": a row must be at most " + std::to_string(kMaxRowBytes) +
-                           " bytes, got " + std::to_string(row_bytes));
+  if (row_detail::launch_first_of(row_detail::Configs{}, row_bytes, variant, launch)) return;
+  const std::string of_bytes = " of " + std::to_string(row_bytes) + " bytes";
+  throw std::runtime_error(
+      std::string(kernel) + (variant.is_auto() ? ": rows must be at most " + std::to_string(kMaxRowBytes) + " bytes, got"
+                                               : ": no variant " + std::to_string(variant.threads_per_row) + "x" +
+                                                     std::to_string(variant.vecs_per_thread) + " holds rows") +
+      of_bytes);
 }
 
 template <typename Config>

@@ -24,4 +24,10 @@ struct NormRows {
   float inv_hidden_size;
 };
 
+// How many threads hold a row, and how many 16-byte vectors of it each; zeros: chosen by the row's length.
+struct RowVariant {
+  int threads_per_row = 0, vecs_per_thread = 0;
+  bool is_auto() const { return threads_per_row == 0; }
+};
+
 }  // namespace fastshard

@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdio>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "norm/layer_norm.h"
@@ -11,8 +13,20 @@
 #include "ops/dispatch.h"
 #include "ops/rows.h"
 #include "ops/stable_box.h"
+#include "ops/variants.h"
 
 namespace fastshard {
+
+// "auto", or as "256x2": 256 threads, 2 vectors each.
+RowVariant row_variant_of(const std::string& name) {
+  if (name == "auto") return {};
+  RowVariant variant;
+  char end = 0;
+  const int read = std::sscanf(name.c_str(), "%dx%d%c", &variant.threads_per_row, &variant.vecs_per_thread, &end);
+  STD_TORCH_CHECK(read == 2 && variant.threads_per_row > 0 && variant.vecs_per_thread > 0,
+                  "variant must be auto, or threads of a row x vectors of a thread like 256x2, got ", name);
+  return variant;
+}
 
 // Checks x and residual and allocates the outputs; kernels read what `rows` points to while this lives.
 struct NormCall {
@@ -45,6 +59,10 @@ struct NormCall {
     rows.new_residual = new_residual.mutable_data_ptr();
   }
 
+  RowVariant variant(const char* op, const std::string& asked) const {
+    return row_variant_of(variant_for(asked, op, out.scalar_type(), {rows.num_tokens, rows.hidden_size}));
+  }
+
   // Data of a [hidden_size] vector like out, in a copy where it is not aligned; null for none.
   const void* vector(const std::optional<Tensor>& v) {
     if (!v.has_value()) return nullptr;
@@ -56,46 +74,50 @@ struct NormCall {
   }
 };
 
-void run_rms_norm(NormCall& call, const Tensor& weight, double eps, bool weight_in_fp32) {
+void run_rms_norm(const char* op, NormCall& call, const Tensor& weight, double eps, bool weight_in_fp32,
+                  const std::string& variant) {
   const RmsNormParams params{call.rows, call.vector(weight), float(eps), weight_in_fp32};
+  const RowVariant rows = call.variant(op, variant);
   const cudaStream_t stream = current_stream(call.out);
   dispatch_floating("x", call.out.scalar_type(),
-                    [&]<typename T>(std::type_identity<T>) { rms_norm<T>(params, stream); });
+                    [&]<typename T>(std::type_identity<T>) { rms_norm<T>(params, rows, stream); });
 }
 
-void run_layer_norm(NormCall& call, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                    double eps) {
+void run_layer_norm(const char* op, NormCall& call, const std::optional<Tensor>& weight,
+                    const std::optional<Tensor>& bias, double eps, const std::string& variant) {
   const LayerNormParams params{call.rows, call.vector(weight), call.vector(bias), float(eps)};
+  const RowVariant rows = call.variant(op, variant);
   const cudaStream_t stream = current_stream(call.out);
   dispatch_floating("x", call.out.scalar_type(),
-                    [&]<typename T>(std::type_identity<T>) { layer_norm<T>(params, stream); });
+                    [&]<typename T>(std::type_identity<T>) { layer_norm<T>(params, rows, stream); });
 }
 
-Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, bool weight_in_fp32) {
+Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, bool weight_in_fp32,
+                     const std::string& variant) {
   NormCall call(x, nullptr);
-  run_rms_norm(call, weight, eps, weight_in_fp32);
+  run_rms_norm("rms_norm", call, weight, eps, weight_in_fp32, variant);
   return call.out;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                                             bool weight_in_fp32) {
+                                             bool weight_in_fp32, const std::string& variant) {
   NormCall call(x, &residual);
-  run_rms_norm(call, weight, eps, weight_in_fp32);
+  run_rms_norm("add_rms_norm", call, weight, eps, weight_in_fp32, variant);
   return {call.out, call.new_residual};
 }
 
 Tensor layer_norm_cuda(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                       double eps) {
+                       double eps, const std::string& variant) {
   NormCall call(x, nullptr);
-  run_layer_norm(call, weight, bias, eps);
+  run_layer_norm("layer_norm", call, weight, bias, eps, variant);
   return call.out;
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm_cuda(const Tensor& x, const Tensor& residual,
                                                const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                               double eps) {
+                                               double eps, const std::string& variant) {
   NormCall call(x, &residual);
-  run_layer_norm(call, weight, bias, eps);
+  run_layer_norm("add_layer_norm", call, weight, bias, eps, variant);
   return {call.out, call.new_residual};
 }
 

@@ -15,9 +15,12 @@ from fastshard.ops.mlp import fused_mlp
 from fastshard.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastshard.ops.rope import apply_rope, rope_append
 from fastshard.ops.sample import sample
+from fastshard.ops.variants import use_tables
 
 HAS_KERNELS = load_kernels()
 """Whether the compiled CUDA kernels are registered in this process."""
+if HAS_KERNELS:
+    use_tables()
 
 __all__ = [
     "COSTS",
@@ -42,4 +45,5 @@ __all__ = [
     "rope_append",
     "sample",
     "silu_and_mul",
+    "use_tables",
 ]

@@ -1,7 +1,8 @@
 """Normalisation ops: for each, schema, checks, public function, fake kernel, CPU reference, cost.
 
 CUDA kernels: csrc/norm, bound in csrc/ops/norm.cpp. The CPU reference is the specification: it
-fixes where values are rounded, and tests hold the CUDA kernel to it.
+fixes where values are rounded, and tests hold the CUDA kernel to it. The raw ops' ``variant`` says
+how many threads hold a row, and how many 16-byte vectors each, like ``256x2``.
 """
 
 import torch
@@ -12,15 +13,20 @@ from fastshard.ops._library import Cost, cost, define
 
 MAX_ROW_BYTES = 64 * 1024  # the kernels hold a row in registers: kMaxRowBytes in csrc/norm/row.h
 
-define("rms_norm(Tensor x, Tensor weight, float eps, bool weight_in_fp32) -> Tensor")
 define(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool weight_in_fp32)"
-    " -> (Tensor, Tensor)"
+    "rms_norm(Tensor x, Tensor weight, float eps, bool weight_in_fp32, str variant='auto') "
+    "-> Tensor"
 )
-define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 define(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
-    " -> (Tensor, Tensor)"
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool weight_in_fp32, "
+    "str variant='auto') -> (Tensor, Tensor)"
+)
+define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str variant='auto') -> Tensor"
+)
+define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
+    "str variant='auto') -> (Tensor, Tensor)"
 )
 
 
@@ -168,30 +174,44 @@ def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
 
 # Outputs are contiguous, as the kernels write them, whatever the strides of x.
 @torch.library.register_fake("fastshard::rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool, variant: str = "auto") -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fastshard::add_rms_norm")
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_in_fp32: bool,
+    variant: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fastshard::layer_norm")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, variant: str = "auto"
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fastshard::add_layer_norm")
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    variant: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Tensor:
+def _rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool, variant: str = "auto"
+) -> Tensor:
     x32 = x.float()
     x_hat = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
     if weight_in_fp32:
@@ -204,14 +224,19 @@ torch.library.impl("fastshard::rms_norm", "cpu", _rms_norm_reference)
 
 @torch.library.impl("fastshard::add_rms_norm", "cpu")
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_in_fp32: bool,
+    variant: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     new_residual = _add_reference(x, residual)
     return _rms_norm_reference(new_residual, weight, eps, weight_in_fp32), new_residual
 
 
 def _layer_norm_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, variant: str = "auto"
 ) -> Tensor:
     x32 = x.float()
     centred = x32 - x32.mean(dim=-1, keepdim=True)
@@ -228,7 +253,12 @@ torch.library.impl("fastshard::layer_norm", "cpu", _layer_norm_reference)
 
 @torch.library.impl("fastshard::add_layer_norm", "cpu")
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    variant: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     new_residual = _add_reference(x, residual)
     return _layer_norm_reference(new_residual, weight, bias, eps), new_residual
@@ -245,20 +275,36 @@ def _norm_cost(x: Tensor, num_tensors: int, vectors: tuple[Tensor | None, ...], 
 
 
 @cost("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Cost:
+def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool, variant: str = "auto") -> Cost:
     return _norm_cost(x, 2, (weight,), flops=4)
 
 
 @cost("add_rms_norm")
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool) -> Cost:
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_in_fp32: bool,
+    variant: str = "auto",
+) -> Cost:
     return _norm_cost(x, 4, (weight,), flops=5)
 
 
 @cost("layer_norm")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, variant: str = "auto"
+) -> Cost:
     return _norm_cost(x, 2, (weight, bias), flops=7)
 
 
 @cost("add_layer_norm")
-def _(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    variant: str = "auto",
+) -> Cost:
     return _norm_cost(x, 4, (weight, bias), flops=8)

@@ -17,6 +17,7 @@ from torch import Tensor
 from emulator.build import build
 
 NAMESPACE = "fastshard_emulator"
+_functions: list[ctypes.CDLL] = []  # of the loaded library
 _definitions: list[torch.library.Library] = []  # torch forgets a library's ops when it is deleted
 
 
@@ -43,7 +44,9 @@ def load(library: Path) -> dict[str, Callable]:
         definitions.define(schema.removeprefix("fastshard::"))
     _definitions.append(definitions)
     torch.ops.load_library(str(library))
-    check_outputs = ctypes.CDLL(str(library)).fastshard_emulator_check_outputs
+    functions = ctypes.CDLL(str(library))
+    _functions.append(functions)
+    check_outputs = functions.fastshard_emulator_check_outputs
     check_outputs.restype = ctypes.c_char_p
 
     def checked(kernel: Callable) -> Callable:
@@ -73,6 +76,17 @@ def kernels() -> dict[str, Callable]:
     """
     with tempfile.TemporaryDirectory(prefix="fastshard-emulator-") as folder:
         return load(build(Path(folder)))  # once loaded, the file is not needed
+
+
+@contextmanager
+def variants(table: str) -> Iterator[None]:
+    """Let emulated kernels choose by this table, as csrc/ops/variants.h takes it."""
+    (functions,) = _functions
+    functions.fastshard_emulator_use_variants(table.encode())
+    try:
+        yield
+    finally:
+        functions.fastshard_emulator_use_variants(b"")
 
 
 @contextmanager

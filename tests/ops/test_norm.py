@@ -99,6 +99,38 @@ def test_matches_float64(norm, row_bytes, num_tokens, dtype, device):
     assert_as_accurate(actual, norm.golden(x, weight, bias), norm.naive(x, weight, bias))
 
 
+VARIANTS = ["16x1", "32x1", "64x2", "128x2", "256x2", "128x4", "512x1", "256x4", "512x4", "1024x4"]
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_variant_that_holds_a_row(variant, dtype, device):
+    threads, vecs = map(int, variant.split("x"))
+    longest = 16 * threads * vecs // dtype.itemsize
+    for hidden_size in (longest, 64 // dtype.itemsize):
+        x, residual, weight, bias = tensors((5, hidden_size), dtype, device, count=2)
+        actual = torch.ops.fastshard.rms_norm.default(x, weight, EPS, False, variant)
+        assert_as_accurate(actual, RMS.golden(x, weight, bias), RMS.naive(x, weight, bias))
+        actual, new_residual = torch.ops.fastshard.add_layer_norm.default(
+            x, residual, weight, bias, EPS, variant
+        )
+        assert torch.equal(new_residual, x + residual)
+        golden, naive = (f(new_residual, weight, bias) for f in (LAYER.golden, LAYER.naive))
+        assert_as_accurate(actual, golden, naive)
+    x, weight, _ = tensors((2, longest + 16 // dtype.itemsize), dtype, device)
+    with pytest.raises(RuntimeError, match=f"no variant {variant} holds rows|rows must be at most"):
+        torch.ops.fastshard.rms_norm.default(x, weight, EPS, False, variant)
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("variant", ["", "fast", "256", "256x", "256x2x", "0x2", "256x-2", "256x3"])
+def test_rejects_an_unknown_variant(variant, device):
+    x, weight, _ = tensors((2, 64), torch.float16, device)
+    with pytest.raises(RuntimeError, match=r"variant must be auto, or|no variant 256x3"):
+        torch.ops.fastshard.rms_norm.default(x, weight, EPS, False, variant)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("row_bytes", "num_tokens"), SIZES)
 @pytest.mark.parametrize("norm", NORMS)

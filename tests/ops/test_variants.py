@@ -1,0 +1,157 @@
+"""Tables of variants: their files, what counts of several, and that kernels are chosen by them."""
+
+import json
+import os
+import warnings
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import product
+
+import pytest
+import torch
+
+from emulator import runtime
+from fastshard import ops
+from fastshard.ops import variants
+from fastshard.ops.variants import Entry, Table, bucket, read_table, read_tables, write_table
+from helpers import CUDA_ONLY, cuda_kernel_names
+
+EMULATOR = "SIMT emulator"
+ENTRY = Entry("rms_norm", "float16", (3, 4096), "512x1")
+
+
+def table(*entries: Entry, device: str = EMULATOR, origin: str = "measured") -> Table:
+    return Table(device, origin, version("fastshard"), entries)
+
+
+def test_a_bucket_is_the_power_of_two_above():
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 1024, 1025)] == [1, 2, 4, 4, 8, 1024, 2048]
+
+
+def test_a_written_table_is_read(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.json"
+    written = table(ENTRY, Entry("fused_mlp", "bfloat16", (2048, 64, 128), "library"))
+    write_table(path, written)
+    assert read_table(path) == written
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_table(path, table(ENTRY))
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(variants.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_table(path, table())
+    assert read_table(path) == table(ENTRY)
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+CONTENT = {"format": 1, **asdict(table(ENTRY))}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must be JSON"),
+        ("\xff", "must be JSON"),
+        ("[]", "must be a table of variants of format 1"),
+        (json.dumps(CONTENT | {"format": 2}), "must be a table of variants of format 1"),
+        (json.dumps(CONTENT | {"fastshard": "0.0.1"}), "must be of fastshard .*, got 0.0.1"),
+        (json.dumps(CONTENT | {"origin": "guessed"}), "must have device, origin, and entries"),
+        (json.dumps(CONTENT | {"device": "a\tb"}), "must have device, origin, and entries"),
+        (json.dumps(CONTENT | {"entries": [{}]}), "must have device, origin, and entries"),
+        *(
+            (json.dumps(CONTENT | {"entries": [asdict(ENTRY) | {"shape": shape}]}), "must have")
+            for shape in ([], [0], [1.5], ["1"], 3)
+        ),
+        (json.dumps(CONTENT | {"entries": [asdict(ENTRY) | {"variant": "a\nb"}]}), "must have"),
+    ],
+)
+def test_other_files_are_ignored_with_one_warning(text, message, tmp_path):
+    (tmp_path / "bad.json").write_text(text, encoding="latin-1")
+    write_table(tmp_path / "good.json", table(ENTRY))
+    with pytest.raises(ValueError, match=message):
+        read_table(tmp_path / "bad.json")
+    with pytest.warns(UserWarning, match="a table of variants is ignored") as caught:
+        assert read_tables([tmp_path]) == [table(ENTRY)]
+    assert len(caught) == 1
+
+
+def test_the_user_counts_more_than_the_wheel_and_a_name_more_than_a_capability(
+    tmp_path, monkeypatch
+):
+    shipped, cache = tmp_path / "shipped", tmp_path / "cache"
+    monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(cache))
+    monkeypatch.setattr(variants, "shipped_tables_dir", lambda: shipped)
+    folders = shipped, cache / "tables"
+    for folder, (name, device) in product(folders, (("a", "NVIDIA A10"), ("b", "8.6"))):
+        write_table(folder / f"{name}.json", table(device=device, origin="model"))
+    write_table(cache / "tables" / "c.json", table(ENTRY, device="NVIDIA A10"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_tables()
+    devices = ["8.6", "NVIDIA A10", "8.6", "NVIDIA A10", "NVIDIA A10"]
+    assert [each.device for each in found] == devices
+    assert found[-1].entries == (ENTRY,)
+
+
+# The kernels, on the emulator. 64x2 holds rows of 2 KiB: an entry that sends a longer one there is
+# an error, and shows that it was found.
+TOO_SHORT = Entry("rms_norm", "float16", (3, 2048), "64x2")
+
+
+def norm_of(device, rows=3, hidden_size=2048, dtype=torch.float16):
+    x = torch.randn(rows, hidden_size, dtype=dtype, device=device)
+    return ops.rms_norm(x, torch.ones(hidden_size, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("device", ["emulator"], indirect=True)
+@pytest.mark.parametrize("name", [EMULATOR, "8.6"])
+def test_kernels_are_chosen_by_entries(name, device):
+    with runtime.variants(variants.table_lines([table(TOO_SHORT, device=name)])):
+        for rows in (3, 4):
+            with pytest.raises(RuntimeError, match="no variant 64x2 holds rows of 4096 bytes"):
+                norm_of(device, rows)
+        # another bucket, hidden_size, dtype
+        norm_of(device, 2)
+        norm_of(device, 5)
+        norm_of(device, 3, 1032)
+        norm_of(device, 3, 2048, torch.bfloat16)
+    norm_of(device)
+
+
+@pytest.mark.parametrize("device", ["emulator"], indirect=True)
+def test_entries_of_other_devices_do_not_count(device):
+    others = [table(TOO_SHORT, device=name) for name in ("NVIDIA A10", "9.0", "8.60")]
+    with runtime.variants(variants.table_lines(others)):
+        norm_of(device)
+
+
+@pytest.mark.parametrize("device", ["emulator"], indirect=True)
+def test_the_last_entry_counts(device):
+    good = Entry("rms_norm", "float16", (4, 2048), "512x1")
+    lines = variants.table_lines([table(TOO_SHORT, device="8.6"), table(good)])
+    with runtime.variants(lines):
+        norm_of(device)
+    lines = "".join(reversed(lines.splitlines(keepends=True)))
+    with runtime.variants(lines), pytest.raises(RuntimeError, match="no variant 64x2"):
+        norm_of(device)
+
+
+@CUDA_ONLY
+def test_an_entry_launches_its_variant(device, tmp_path):
+    name = torch.cuda.get_device_name(device)
+    try:
+        for variant in ("512x1", "256x4"):
+            entry = Entry("rms_norm", "float16", (4, 2048), variant)
+            write_table(tmp_path / "a.json", table(entry, device=name))
+            ops.use_tables([tmp_path])
+            (kernel,) = [n for n in cuda_kernel_names(lambda: norm_of(device)) if "rms_norm" in n]
+            threads, vecs = variant.split("x")
+            assert f"RowConfig<{threads}, 1, {vecs}>" in kernel
+    finally:
+        ops.use_tables()
