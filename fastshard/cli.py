@@ -1,4 +1,5 @@
-"""The command line: ``fastshard generate``, ``bench``, ``bench compare`` and ``info``.
+"""The command line: ``fastshard generate``, ``bench``, ``bench compare``, ``bench plot`` and
+``info``.
 
 Of ``generate`` only the text goes to stdout; progress, figures and errors go to stderr. Exit
 status: 0, 2 where the command line is wrong, 1 for everything else that fails.
@@ -20,7 +21,8 @@ from fastshard.token_loop import DEFAULT_PREFILL_CHUNK_SIZE
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _BENCHMARKS = ("attention", "linear", "mlp", "norm", "prefill", "decode", "start")
-_BENCH_COMMANDS = ("bench compare",)
+_BENCH_COMMANDS = ("bench compare", "bench plot")
+_PLOT = "as PNG or SVG by its name (needs matplotlib: the extra bench)"
 _DECODE_MODES = ("persistent", "graph", "eager")
 _PEERS = ("eager", "compile", "autotune", "sdpa")
 
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _as_one_command(arguments: list[str]) -> list[str]:
-    """``bench compare`` is a command of its own, whose name is two words."""
+    """``bench compare`` and ``bench plot`` are commands whose names are two words."""
     name = " ".join(arguments[:2])
     return [name, *arguments[2:]] if name in _BENCH_COMMANDS else arguments
 
@@ -69,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_bench(commands)
     _add_bench_compare(commands)
+    _add_bench_plot(commands)
     info = commands.add_parser("info", help="what is installed, compiled and visible")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.add_argument(
@@ -122,7 +125,7 @@ def _add_bench(commands) -> None:
         help="time kernels, prefill and decode steps against this GPU's limits and PyTorch",
         description="Time on the current GPU, one line a case. BENCHMARK is any of "
         f"{', '.join(_BENCHMARKS)} or all (the default); without more, at the shapes of our goals. "
-        "See also fastshard bench compare --help.",
+        "See also fastshard bench compare --help and fastshard bench plot --help.",
     )
     bench.set_defaults(run=run_bench)
     add = bench.add_argument
@@ -156,6 +159,7 @@ def _add_bench(commands) -> None:
     add("--time-limit", metavar="S", type=_number, help="compile no peer after S seconds")
     add("--rounds", metavar="N", type=_count, default=50, help="samples a line (default: 50)")
     add("--json", metavar="FILE", help="write everything that was measured")
+    add("--plot", metavar="FILE", help=f"draw bars and a roofline, {_PLOT}")
 
 
 def _add_bench_compare(commands) -> None:
@@ -178,6 +182,28 @@ def run_bench_compare(args: argparse.Namespace) -> int:
 
     for line in compare.lines(Path(args.a), Path(args.b)):
         print(line)
+    return 0
+
+
+def _add_bench_plot(commands) -> None:
+    plot = commands.add_parser(
+        "bench plot",
+        help="draw bars and a roofline of results",
+        description="Draw what fastshard bench --json wrote on one GPU: our times and those of the "
+        f"best peer as shares of the measured limits, and a roofline, {_PLOT}.",
+    )
+    plot.set_defaults(run=run_bench_plot)
+    plot.add_argument("results", metavar="RESULT.json", nargs="+", help="what was measured")
+    plot.add_argument("file", metavar="FILE", help="written over")
+
+
+def run_bench_plot(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastshard.bench import plot, result_file
+
+    plot.check(Path(args.file))
+    plot.write([result_file.read(Path(path)) for path in args.results], Path(args.file))
     return 0
 
 
@@ -204,6 +230,7 @@ def run_bench(args: argparse.Namespace) -> int:
         settings,
         command=["fastshard", *args.command_line],
         json_path=args.json and Path(args.json),
+        plot_path=args.plot and Path(args.plot),
         time_limit=args.time_limit,
         rounds=args.rounds,
         say=lambda line: print(line, flush=True),

@@ -15,6 +15,7 @@ from fastshard.bench import (
     linear,
     mlp,
     norm,
+    plot,
     prefill,
     report,
     start,
@@ -22,6 +23,7 @@ from fastshard.bench import (
 from fastshard.bench.case import Bench, Problem, Settings, run_case
 from fastshard.bench.limits import Limits
 from fastshard.bench.presets import preset
+from fastshard.bench.result_file import ResultFile
 from fastshard.bench.timing import Stopwatch
 from fastshard.devices import check_device
 
@@ -43,6 +45,7 @@ def run(
     *,
     command: Sequence[str] = (),
     json_path: Path | None = None,
+    plot_path: Path | None = None,
     time_limit: float | None = None,
     rounds: int = 50,
     say: Callable[[str], None] = print,
@@ -53,15 +56,19 @@ def run(
         names: Of ``NAMES``.
         settings: What to run; its deadline is set here.
         command: For the JSON.
-        json_path: Written at the end.
+        json_path: Written after each result.
+        plot_path: Written at the end.
         time_limit: Seconds after which no peer is compiled any more.
         rounds: At most this many samples a variant.
         say: Is given each line.
 
     Raises:
-        ValueError: a model does not exist, or has not that many layers or positions.
-        RuntimeError: there is no GPU that this build serves.
+        ValueError: a model does not exist, or has not that many layers or positions; or the plot
+            is of no known format.
+        RuntimeError: there is no GPU that this build serves, or no matplotlib for the plot.
     """
+    if plot_path is not None:
+        plot.check(plot_path)
     for name in settings.models or ():
         preset(
             name,
@@ -102,6 +109,10 @@ def run(
             measured = _results(BENCHMARKS[name](bench), bench)
         for result in measured:
             keep(result)
+    lines = [result for result in found if isinstance(result, report.Line)]
+    if plot_path is not None and lines:
+        measured = ResultFile(plot_path, list(command), environment, limits.describe(), lines)
+        plot.write([measured], plot_path)
     for line in report.traffic_limits(limits.describe()):
         say(line)
     for line in kernels.lines(compiled):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_every_argument_arrives(monkeypatch, tmp_path):
     arguments = ["mlp", "decode", "--model", "llama-2-7b", "qwen2.5-7b", "--batch", "1", "8"]
     arguments += ["--context", "64", "--layers", "2", "--decode", "graph", "--dtype", "float16"]
     arguments += ["--vs", "eager,autotune", "--compile-all", "--time-limit", "9", "--rounds", "7"]
-    assert bench(*arguments, "--json", str(path)) == 0
+    arguments += ["--json", str(path), "--plot", "x.svg"]
+    assert bench(*arguments) == 0
     names, settings = given.pop("args")
     assert names == ["mlp", "decode"]
     assert settings == Settings(
@@ -93,8 +95,9 @@ def test_every_argument_arrives(monkeypatch, tmp_path):
     )
     del given["say"]
     assert given == {
-        "command": ["fastshard", "bench", *arguments, "--json", str(path)],
+        "command": ["fastshard", "bench", *arguments],
         "json_path": path,
+        "plot_path": Path("x.svg"),
         "time_limit": 9.0,
         "rounds": 7,
     }
