@@ -20,7 +20,7 @@ from fastshard.decode import MODES
 from fastshard.token_loop import DEFAULT_PREFILL_CHUNK_SIZE
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_BENCHMARKS = ("attention", "linear", "mlp", "norm", "prefill", "decode", "start")
+_BENCHMARKS = ("attention", "linear", "mlp", "norm", "prefill", "decode", "start", "load")
 _BENCH_COMMANDS = ("bench compare", "bench plot")
 _PLOT = "as PNG or SVG by its name (needs matplotlib: the extra bench)"
 _DECODE_MODES = ("persistent", "graph", "eager")

@@ -13,6 +13,7 @@ from fastshard.bench import (
     decode,
     kernels,
     linear,
+    load,
     mlp,
     norm,
     plot,
@@ -35,8 +36,10 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Problem]]] = {
     "prefill": prefill.problems,
     "decode": decode.problems,
 }
-NAMES = (*BENCHMARKS, "start")
-"""In the order in which they run; ``start`` measures processes of its own."""
+PROCESSES = {"start": start, "load": load}
+"""Benchmarks that measure processes of their own."""
+NAMES = (*BENCHMARKS, *PROCESSES)
+"""In the order in which they run."""
 
 
 def run(
@@ -86,11 +89,16 @@ def run(
         say(line)
     bench = Bench(device, stopwatch, limits, settings)
     compiled = kernels.describe(names, settings.dtype)
-    found: list[report.Line | report.Skipped | dict] = []
+    found: list[report.Line | report.Skipped] = []
+    processes: dict[str, list[dict]] = {name: [] for name in PROCESSES}
 
-    def keep(result: report.Line | report.Skipped | dict) -> None:
-        found.append(result)
-        say(start.text(result) if isinstance(result, dict) else result.text())
+    def keep(name: str, result: report.Line | report.Skipped | dict) -> None:
+        if isinstance(result, dict):
+            processes[name].append(result)
+            say(PROCESSES[name].text(result))
+        else:
+            found.append(result)
+            say(result.text())
         if json_path is not None:  # each time: what was measured before a failure is not lost
             report.write_json(
                 json_path,
@@ -99,16 +107,17 @@ def run(
                 limits=limits.describe(),
                 compiled=compiled,
                 results=found,
+                processes=processes,
             )
 
     for name in sorted(set(names), key=NAMES.index):
-        if name == "start":
-            measured = start.run(settings)
+        if name in PROCESSES:
+            measured = PROCESSES[name].run(settings)
         else:
             say(report.HEADER)
             measured = _results(BENCHMARKS[name](bench), bench)
         for result in measured:
-            keep(result)
+            keep(name, result)
     lines = [result for result in found if isinstance(result, report.Line)]
     if plot_path is not None and lines:
         measured = ResultFile(plot_path, list(command), environment, limits.describe(), lines)

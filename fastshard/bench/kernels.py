@@ -35,7 +35,8 @@ def describe(names: Sequence[str] | None = None, dtype: torch.dtype | None = Non
     """What each kernel takes, as plain values; or why that is not known.
 
     Args:
-        names: Benchmarks, whose kernels are listed; None: all kernels. ``start`` has none.
+        names: Benchmarks, whose kernels are listed; None: all kernels. ``start`` and ``load`` have
+            none.
         dtype: Of the kernels, float16 or bfloat16; None: all.
 
     Returns:

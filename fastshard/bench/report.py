@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -222,7 +222,8 @@ def write_json(
     environment: dict,
     limits: dict,
     compiled: dict,
-    results: Sequence[Line | Skipped | dict],
+    results: Sequence[Line | Skipped],
+    processes: Mapping[str, list[dict]],
 ) -> None:
     """Write all of a run to ``path``, whole or not at all.
 
@@ -232,7 +233,8 @@ def write_json(
         environment: As ``describe_environment`` gives it.
         limits: Of ``Limits.describe``.
         compiled: Of ``kernels.describe``.
-        results: Plain values are those of ``start``.
+        results: Lines, and variants that gave none.
+        processes: Of the benchmarks that measure processes of their own, plain values.
     """
     content = {
         "command": list(command),
@@ -240,7 +242,7 @@ def write_json(
         "limits": limits,
         "machine_code": compiled,
         "lines": [result.to_dict() for result in results if isinstance(result, Line)],
-        "start": [result for result in results if isinstance(result, dict)],
+        **processes,
         "skipped": [asdict(result) for result in results if isinstance(result, Skipped)],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def no_gpu(monkeypatch):
     [
         (
             ["prefil"],
-            "one of attention, linear, mlp, norm, prefill, decode, start, all, got 'prefil'",
+            "one of attention, linear, mlp, norm, prefill, decode, start, load, all, got 'prefil'",
         ),
         (["--vs", "eager,jax"], "none, or some of eager, compile, autotune, sdpa, got 'eager,jax'"),
         (["--batch", "0"], "must be a positive integer, got '0'"),

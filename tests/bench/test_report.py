@@ -87,14 +87,15 @@ def test_json_holds_everything(tmp_path):
         environment={"device": "NVIDIA H200"},
         limits={"copy_gbps": 4250.0},
         compiled={"kernels": [], "missing": ["machine code: no cuobjdump"]},
-        results=[LINE, SKIPPED, nan, {"seconds": 3.5}],
+        results=[LINE, SKIPPED, nan],
+        processes={"start": [{"seconds": 3.5}], "load": []},
     )
     content = json.loads(path.read_text())
     assert content["command"] == ["fastshard", "bench", "mlp"]
     assert content["environment"] == {"device": "NVIDIA H200"}
     assert content["limits"] == {"copy_gbps": 4250.0}
     assert content["machine_code"] == {"kernels": [], "missing": ["machine code: no cuobjdump"]}
-    assert content["start"] == [{"seconds": 3.5}]
+    assert (content["start"], content["load"]) == ([{"seconds": 3.5}], [])
     assert content["skipped"] == [dataclasses.asdict(SKIPPED)]
     first, second = content["lines"]
     assert first["timing"] == {"us": 80.0, "p20": 79.5, "p80": 81.25, "n": 50}
