@@ -1,5 +1,5 @@
-"""The command line: ``fastshard generate``, ``bench``, ``bench compare``, ``bench plot`` and
-``info``.
+"""The command line: ``fastshard generate``, ``bench``, ``bench compare``, ``bench plot``,
+``profile`` and ``info``.
 
 Of ``generate`` only the text goes to stdout; progress, figures and errors go to stderr. Exit
 status: 0, 2 where the command line is wrong, 1 for everything else that fails.
@@ -13,10 +13,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import fastshard
 from fastshard.decode import MODES
+from fastshard.environment import emits_nvtx
 from fastshard.token_loop import DEFAULT_PREFILL_CHUNK_SIZE
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -24,6 +26,7 @@ _BENCHMARKS = ("attention", "linear", "mlp", "norm", "prefill", "decode", "start
 _BENCH_COMMANDS = ("bench compare", "bench plot")
 _PLOT = "as PNG or SVG by its name (needs matplotlib: the extra bench)"
 _DECODE_MODES = ("persistent", "graph", "eager")
+_SORTS = ("time", "name")
 _PEERS = ("eager", "compile", "autotune", "sdpa")
 
 
@@ -37,10 +40,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    args = build_parser().parse_args(_as_one_command(arguments))
-    args.command_line = arguments
+    args = _parse(arguments)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ranges(args):
             warnings.showwarning = _show_warning
             return args.run(args)
     except BrokenPipeError:  # the reader of stdout has had enough; Python flushes it again at exit
@@ -52,6 +54,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"fastshard: error: {message}", file=sys.stderr)
         return 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The parsed command line; what ``profile`` is given behind its ``--`` is one of its own."""
+    split = len(arguments)
+    if arguments[:1] == ["profile"] and "--" in arguments:
+        split = arguments.index("--")
+    args = build_parser().parse_args(_as_one_command(arguments[:split]))
+    args.command_line = arguments
+    if args.run is run_profile:
+        args.profiled_words = arguments[split + 1 :]
+        if args.profiled_words[:1] in ([], ["profile"]):
+            got = args.profiled_words[0] if args.profiled_words else "nothing"
+            args.parser.error(f"-- and another command of fastshard must follow, got {got}")
+        args.profiled = _parse(args.profiled_words)
+    return args
+
+
+def _ranges(args: argparse.Namespace) -> AbstractContextManager:
+    """NVTX ranges, where the environment asks for them; ``profile`` makes its own kind."""
+    if not emits_nvtx() or args.run is run_profile:
+        return nullcontext()
+    from fastshard.profile import ranges
+
+    return ranges(nvtx=True)
 
 
 def _as_one_command(arguments: list[str]) -> list[str]:
@@ -72,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_bench_compare(commands)
     _add_bench_plot(commands)
+    _add_profile(commands)
     info = commands.add_parser("info", help="what is installed, compiled and visible")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.add_argument(
@@ -173,6 +201,35 @@ def _add_bench_compare(commands) -> None:
     compare.set_defaults(run=run_bench_compare)
     compare.add_argument("a", metavar="A.json", help="the result to compare with")
     compare.add_argument("b", metavar="B.json", help="the result that is compared")
+
+
+def _add_profile(commands) -> None:
+    profile = commands.add_parser(
+        "profile",
+        help="say where the time of another command goes",
+        usage="%(prog)s [-h] [--trace FILE] [--sort {time,name}] -- COMMAND ...",
+        description="Run COMMAND, like generate with its arguments, under torch.profiler, and "
+        "print to stderr the time of each kernel (of each op without a GPU), on a GPU also of our "
+        "ops beside its measured limits, and command lines of Nsight Systems and Compute.",
+    )
+    profile.set_defaults(run=run_profile, parser=profile)
+    add = profile.add_argument
+    add("--trace", metavar="FILE", help="write a Chrome trace, with a range for each layer")
+    add("--sort", choices=_SORTS, default="time", help="default: time, the longest first")
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastshard.profile.command import run
+
+    return run(
+        args.profiled_words,
+        lambda: args.profiled.run(args.profiled),
+        trace=args.trace and Path(args.trace),
+        sort=args.sort,
+        say=lambda line: print(line, file=sys.stderr),
+    )
 
 
 def run_bench_compare(args: argparse.Namespace) -> int:

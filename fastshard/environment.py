@@ -18,6 +18,11 @@ def decode_mode() -> str:
     return os.environ.get("FASTSHARD_DECODE") or "auto"
 
 
+def emits_nvtx() -> bool:
+    """Whether commands put NVTX ranges around layers and ops: ``FASTSHARD_NVTX`` is 1."""
+    return os.environ.get("FASTSHARD_NVTX") == "1"
+
+
 def shipped_tables_dir() -> Path:
     """Where the tables that came with the wheel are; not movable."""
     return Path(__file__).parent / "tune" / "tables"
