@@ -17,8 +17,8 @@ __global__ __launch_bounds__(Config::kThreads) void layer_norm_kernel(const Laye
   row.template load_sum<kAdd>(x, p.rows);
   const T* const weight = static_cast<const T*>(p.weight);
   const T* const bias = static_cast<const T*>(p.bias);
-  // In flight during the sums, where registers have room for them.
-  constexpr bool kEarly = Config::kVecsPerThread <= 2;
+  // In flight during the sums, where registers have room for them and the sums take long enough.
+  constexpr bool kEarly = Config::kThreadsPerRow > 32 && Config::kVecsPerThread <= 2;
   Vec<T> weights[Config::kVecsPerThread], biases[Config::kVecsPerThread];
   if (kEarly && weight != nullptr) row.load(weights, weight);
   if (kEarly && bias != nullptr) row.load(biases, bias);

@@ -179,6 +179,7 @@ using Configs = ConfigList<RowConfig<16, 8, 1>,     // rows up to 256 bytes: a h
                            RowConfig<512, 1, 1>,    // the same in more
                            RowConfig<256, 1, 4>,    // 16 KiB: hidden_size 8192 in 16 bit
                            RowConfig<512, 1, 4>,    // 32 KiB
+                           RowConfig<1024, 1, 2>,   // the same in more
                            RowConfig<1024, 1, 4>>;  // 64 KiB: hidden_size 16384 in fp32
 
 template <typename Launch, typename... Configs>

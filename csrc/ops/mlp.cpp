@@ -10,6 +10,7 @@
 #include "ops/check.h"
 #include "ops/matmul.h"
 #include "ops/stable_box.h"
+#include "ops/variants.h"
 
 namespace fastshard {
 namespace {
@@ -118,8 +119,10 @@ struct Variant {
 
 bool is_auto(const std::string& variant) { return variant == "auto" || variant == "auto_fp16_accumulation"; }
 
-// "auto" is a heuristic, until a table of measurements serves: torch's products use instructions of compute capability
-// 9.0 that pass what those of 8.x reach; on 8.x both use the same, and ours need no gate and up in memory.
+bool adds_in_fp16(const std::string& variant) { return variant.find("fp16_accumulation") != std::string::npos; }
+
+// "auto" is a heuristic: torch's products use instructions of compute capability 9.0 that pass what those of 8.x reach;
+// on 8.x both use the same, and ours need no gate and up in memory.
 Variant variant_of(const std::string& name, int64_t num_tokens) {
   if (name == "library") return {true};
   if (name == "tiles") return {};
@@ -139,7 +142,7 @@ Variant variant_of(const std::string& name, int64_t num_tokens) {
 
 Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight,
                       const std::string& activation, const std::optional<Tensor>& residual,
-                      const std::string& variant) {
+                      const std::string& asked) {
   STD_TORCH_CHECK(x.dim() >= 1 && gate_up_weight.dim() == 2 && down_weight.dim() == 2, "fused_mlp: wrong dimensions");
   const int64_t hidden_size = x.size(x.dim() - 1), intermediate_size = gate_up_weight.size(0) / 2;
   STD_TORCH_CHECK(hidden_size > 0 && intermediate_size > 0 && gate_up_weight.size(0) == 2 * intermediate_size &&
@@ -154,13 +157,17 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
     FS_CHECK_LIKE(*residual, x);
     STD_TORCH_CHECK(shape_of(*residual) == shape, "fused_mlp: residual must have the shape of x");
   }
-  STD_TORCH_CHECK(variant.find("fp16_accumulation") == std::string::npos || x.scalar_type() == ScalarType::Half,
-                  "fused_mlp: variant ", variant, " takes float16 only");
+  STD_TORCH_CHECK(!adds_in_fp16(asked) || x.scalar_type() == ScalarType::Half, "fused_mlp: variant ", asked,
+                  " takes float16 only");
   const Activation parsed = activation_of(activation);
 
   const DeviceGuard guard(x);
   if (x.numel() == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / hidden_size;
+  const std::string variant =
+      variant_for(asked, "fused_mlp", x.scalar_type(), {num_tokens, hidden_size, intermediate_size});
+  STD_TORCH_CHECK(adds_in_fp16(variant) == adds_in_fp16(asked), "fused_mlp: a table must not choose ", variant,
+                  ", whose sums are less accurate");
   const bool streams = is_auto(variant) && num_tokens <= kFusedMlpMaxTokens && can_stream(gate_up_weight) &&
                        can_stream(down_weight);
   if (!streams) {

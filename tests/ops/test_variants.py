@@ -142,6 +142,43 @@ def test_the_last_entry_counts(device):
         norm_of(device)
 
 
+def mlp_of(device, rows=48):
+    x, gate_up, down = (
+        torch.randn(shape, device=device).half() for shape in ((rows, 64), (256, 64), (64, 128))
+    )
+    return ops.fused_mlp(x, gate_up, down)
+
+
+@pytest.mark.parametrize("device", ["emulator"], indirect=True)
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("fast", "variant must be auto, .*, got fast"),
+        ("tiles_fp16_accumulation", "a table must not choose tiles_fp16_accumulation"),
+    ],
+)
+def test_an_mlp_is_chosen_by_its_entry(variant, message, device):
+    entry = Entry("fused_mlp", "float16", (64, 64, 128), variant)
+    with runtime.variants(variants.table_lines([table(entry)])):
+        with pytest.raises(RuntimeError, match=message):
+            mlp_of(device)
+        mlp_of(device, 65)
+
+
+@CUDA_ONLY
+def test_an_entry_chooses_the_products(device, tmp_path):
+    name = torch.cuda.get_device_name(device)
+    try:
+        for variant, are_ours in (("library", False), ("tiles_64x128", True)):
+            entry = Entry("fused_mlp", "float16", (64, 64, 128), variant)
+            write_table(tmp_path / "a.json", table(entry, device=name))
+            ops.use_tables([tmp_path])
+            names = cuda_kernel_names(lambda: mlp_of(device))
+            assert any("gemm_kernel" in n and "fastshard" in n for n in names) == are_ours
+    finally:
+        ops.use_tables()
+
+
 @CUDA_ONLY
 def test_an_entry_launches_its_variant(device, tmp_path):
     name = torch.cuda.get_device_name(device)
