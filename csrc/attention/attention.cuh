@@ -206,17 +206,14 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
                 min(keys.end, end_tile * kKeys));
 
   // Copies in flight: the queries and the first tile, then a tile ahead.
-  using QueryLoader = TileLoader<Config, Config::kRows>;
-  RowCursor cursor(work.first_row + QueryLoader::first_row(threadIdx.x), p.group);
-  const RowStep step(QueryLoader::kStep, p.group);
-  QueryLoader::load(
-      threadIdx.x, smem.tiles.q, p.head_dim, q,
-      [&](int row) {
-        const T* from = q + cursor.token * p.q_strides.token + cursor.head * p.q_strides.head;
-        cursor.advance(step, p.group);
-        return row < num_rows ? from : nullptr;
-      },
-      [](int row) { return row % 8; });
+  using Queries = QueryLoader<Config>;
+  RowCursor cursor(work.first_row + Queries::first_row(), p.group);
+  const RowStep step(Queries::kStep, p.group);
+  Queries::load(smem.tiles.q, p.head_dim, num_rows, [&] {
+    const T* const from = q + cursor.token * p.q_strides.token + cursor.head * p.q_strides.head;
+    cursor.advance(step, p.group);
+    return from;
+  });
 #pragma unroll
   for (unsigned i = 0; i < Copies::kCopies; ++i) copies.copy(p, 0, i);
   copies.next_tile(p);

@@ -48,31 +48,27 @@ struct KeyOrder {
   static constexpr __device__ unsigned phase(unsigned key) { return key / kSpan % 4 * 2 + key % 2; }
 };
 
-// Starts copying rows into a tile, kStep rows at a time.
-template <typename Config, int kRows>
-struct TileLoader {
+// Starts copying the queries into their tile, kStep rows at a time.
+template <typename Config>
+struct QueryLoader {
   using Layout = TileLayout<Config::kHeadDim>;
   static constexpr int kChunks = Layout::kChunks, kLanesPerRow = Layout::kLanesPerRow;
   static constexpr int kStep = Config::kThreads / kLanesPerRow;  // rows that the block copies at a time
-  static_assert(kRows % kStep == 0);
+  static_assert(Config::kRows % kStep == 0);
 
-  static __device__ int first_row(int thread) { return thread / kLanesPerRow; }
+  static __device__ int first_row() { return threadIdx.x / kLanesPerRow; }
 
-  // thread: of the block. row_source: called for the rows first_row(), first_row() + kStep, ... in this order; returns
-  // where the row lies in global memory, or null for a row of zeros. Columns from head_dim on are zeros too.
-  // anywhere: any mapped address. phase_of: of a row, see TileLayout.
-  template <typename T, typename RowSource, typename PhaseOf>
-  static __device__ __forceinline__ void load(int thread, T* tile, int head_dim, const T* anywhere,
-                                              RowSource row_source, PhaseOf phase_of) {
-    const int chunk = thread % kLanesPerRow;
+  // next_row: called for the rows first_row(), first_row() + kStep, ... in this order; returns where the row lies in
+  // global memory. Rows from num_rows on and columns from head_dim on are zeros, and not read.
+  template <typename T, typename NextRow>
+  static __device__ __forceinline__ void load(T* tile, int head_dim, int num_rows, NextRow next_row) {
+    const int chunk = threadIdx.x % kLanesPerRow;
     if (kLanesPerRow != kChunks && chunk >= kChunks) return;
 #pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i) {
-      const int row = first_row(thread) + i * kStep;
-      const T* from = row_source(row);
-      const bool valid = from != nullptr && chunk * 8 < head_dim;
-      ptx::cp_async_16_or_zero(ptx::shared_address(tile + Layout::offset(row, phase_of(row), chunk)),
-                               valid ? from + chunk * 8 : anywhere, valid);
+    for (int row = first_row(), i = 0; i < Config::kRows / kStep; ++i, row += kStep) {
+      const T* const from = next_row() + chunk * 8;
+      const uint32_t to = ptx::shared_address(tile + Layout::offset(row, row % 8, chunk));
+      ptx::cp_async_16_or_zero(to, from, row < num_rows && chunk * 8 < head_dim);
     }
   }
 };
