@@ -27,7 +27,7 @@ _BENCH_COMMANDS = ("bench compare", "bench plot")
 _PLOT = "as PNG or SVG by its name (needs matplotlib: the extra bench)"
 _DECODE_MODES = ("persistent", "graph", "eager")
 _SORTS = ("time", "name")
-_PEERS = ("eager", "compile", "autotune", "sdpa")
+_PEERS = ("eager", "compile", "autotune", "sdpa", "torchtune")
 
 
 class _Parser(argparse.ArgumentParser):

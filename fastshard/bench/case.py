@@ -20,7 +20,7 @@ from fastshard.bench.timing import (
     relative_error,
 )
 
-PEERS = ("eager", "compile", "autotune", "sdpa")
+PEERS = ("eager", "compile", "autotune", "sdpa", "torchtune")
 MODES = ("persistent", "graph", "eager")
 
 Call = Callable[[int], Tensor]
@@ -147,7 +147,11 @@ class Bench:
     def peers(self, prepare: Mapping[str, Callable[[], Call]]) -> list[Variant]:
         """A variant for each peer that was asked for, by its name in ``PEERS``."""
         asked = self.settings.peers
-        return [Variant(f"torch {name}", prepare[name]) for name in prepare if name in asked]
+        return [
+            Variant(name if name == "torchtune" else f"torch {name}", prepare[name])
+            for name in prepare
+            if name in asked
+        ]
 
     def compiled(self, function: Callable, **settings) -> Callable:
         """``torch.compile`` of ``function`` alone: fixed shapes, one graph, no earlier one kept.

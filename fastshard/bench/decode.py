@@ -18,6 +18,7 @@ from fastshard.bench.case import Bench, Call, Case, Problem, Unavailable, Varian
 from fastshard.bench.plain_decoder import PlainDecoder
 from fastshard.bench.presets import preset
 from fastshard.bench.timing import BurstRun
+from fastshard.bench.torchtune_peer import TorchtuneDecoder
 from fastshard.decode import start_decoding
 from fastshard.decode.modes import choose_mode
 from fastshard.decode.shard_step import ShardStep
@@ -122,6 +123,8 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
                 raise Unavailable("compiled for this model and batch only with --compile-all")
             if kind == "eager":
                 steps[kind] = lambda tokens: plain(tokens, position)
+            elif kind == "torchtune":
+                steps[kind] = TorchtuneDecoder(model.model, batch, context).step
             else:
                 steps[kind] = _compiled(bench, plain, tokens, position, **COMPILERS[kind])
         return _call(steps[kind], tokens, sampled)
@@ -134,7 +137,7 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
             return Generating(model, tokens, context, mode)
         return _call(own_step(model, mode, batch, context), tokens, False)
 
-    peers = ("eager", *COMPILERS)
+    peers = ("eager", *COMPILERS, "torchtune")
     for sampled in (False, True):
         yield Case(
             name="decode",

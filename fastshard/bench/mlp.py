@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastshard import ops
+from fastshard.bench import torchtune_peer
 from fastshard.bench.case import Bench, Call, Case, Problem, Variant
 from fastshard.bench.presets import preset
 
@@ -59,10 +60,15 @@ def case(
         function = bench.compiled(_plain_mlp, **settings)
         return lambda i: function(x[i], gate_up[i], down[i])
 
+    def torchtune() -> Call:
+        modules = [torchtune_peer.feed_forward(*of) for of in zip(gate_up, down, strict=True)]
+        return lambda i: modules[i](x[i])
+
     peers = {
         "eager": lambda: lambda i: _plain_mlp(x[i], gate_up[i], down[i]),
         "compile": compiled,
         "autotune": lambda: compiled(mode="max-autotune-no-cudagraphs"),
+        "torchtune": torchtune,
     }
     variants = [
         Variant(

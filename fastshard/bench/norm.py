@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastshard import ops
+from fastshard.bench import torchtune_peer
 from fastshard.bench.case import Bench, Call, Case, Problem, Variant
 from fastshard.bench.presets import preset
 
@@ -110,6 +111,8 @@ def _case(bench: Bench, shape: str, norm: Norm, rows: int, hidden_size: int, is_
         "eager": lambda: call_of(norm.plain),
         "compile": lambda: call_of(bench.compiled(norm.plain)),
     }
+    if norm is NORMS["rms_norm"]:
+        peers["torchtune"] = lambda: call_of(_torchtune_norm(vectors[0]))
     return Case(
         name="norm",
         shape=shape,
@@ -127,6 +130,11 @@ def _case(bench: Bench, shape: str, norm: Norm, rows: int, hidden_size: int, is_
         compared=_together,
         limit="copy",
     )
+
+
+def _torchtune_norm(weight: Tensor) -> Callable[..., Outputs]:
+    module = torchtune_peer.rms_norm(weight, EPS)
+    return lambda x, r, w, b: module(x)
 
 
 def _together(outputs: Outputs) -> Tensor:

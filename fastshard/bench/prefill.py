@@ -19,6 +19,7 @@ from fastshard.bench.plain_decoder import PlainDecoder
 from fastshard.bench.plain_prefill import PlainPrefill
 from fastshard.bench.presets import preset
 from fastshard.bench.timing import BurstRun
+from fastshard.bench.torchtune_peer import TorchtuneDecoder
 from fastshard.models import ModelConfig
 
 ATTENTIONS = (
@@ -100,6 +101,10 @@ def _model_case(bench: Bench, shape: str, name: str, batch: int, num_tokens: int
     def ours(index: int) -> Tensor:
         return model.generate(tokens, num_logits=1)[1][:, 0]
 
+    def torchtune() -> Call:
+        decoder = TorchtuneDecoder(model.model, batch, num_tokens)
+        return lambda index: decoder.prefill(tokens)
+
     def peer(kind: str) -> Call:
         peer = plain.using(backend())
         function = peer if kind == "eager" else bench.compiled(peer)
@@ -119,7 +124,10 @@ def _model_case(bench: Bench, shape: str, name: str, batch: int, num_tokens: int
         golden=lambda: plain.golden(tokens),
         variants=[
             Variant("fastshard", lambda: ours, is_peer=False),
-            *bench.peers({kind: partial(peer, kind) for kind in ("eager", "compile")}),
+            *bench.peers(
+                {kind: partial(peer, kind) for kind in ("eager", "compile")}
+                | {"torchtune": torchtune}
+            ),
         ],
         make_run=BurstRun,
         limit="mma",

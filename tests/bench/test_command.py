@@ -35,7 +35,10 @@ def no_gpu(monkeypatch):
             ["prefil"],
             "one of attention, linear, mlp, norm, prefill, decode, start, load, all, got 'prefil'",
         ),
-        (["--vs", "eager,jax"], "none, or some of eager, compile, autotune, sdpa, got 'eager,jax'"),
+        (
+            ["--vs", "eager,jax"],
+            "none, or some of eager, compile, autotune, sdpa, torchtune, got 'eager,jax'",
+        ),
         (["--batch", "0"], "must be a positive integer, got '0'"),
         (["--context", "1k"], "must be a positive integer, got '1k'"),
         (["--decode", "fast"], "invalid choice: 'fast'"),
@@ -299,6 +302,7 @@ class CpuRun:
 
 
 OURS_AND_EAGER = {"fastshard", "torch eager"}
+TORCHTUNE = OURS_AND_EAGER | {"torchtune"}
 SDPA = {"fastshard", "sdpa flash", "sdpa math"}
 
 
@@ -307,8 +311,16 @@ SDPA = {"fastshard", "sdpa flash", "sdpa math"}
     [
         ("attention", 2, {"": SDPA}),
         ("linear", 6, {"": OURS_AND_EAGER}),
-        ("mlp", 2, {"": OURS_AND_EAGER}),
-        ("norm", 12, {"": OURS_AND_EAGER}),
+        ("mlp", 2, {"": TORCHTUNE}),
+        (
+            "norm",
+            12,
+            {
+                "rms_norm": TORCHTUNE,
+                "add_": OURS_AND_EAGER,
+                "layer_norm": OURS_AND_EAGER,
+            },
+        ),
         (
             "prefill",
             10,
@@ -316,11 +328,15 @@ SDPA = {"fastshard", "sdpa flash", "sdpa math"}
                 "attn causal": SDPA | {"fastshard kernel"},
                 "attn full": SDPA | {"fastshard kernel"},
                 "attn mask": SDPA - {"sdpa flash"},
-                "mlp": OURS_AND_EAGER | {"fastshard tiles"},
-                "tiny": OURS_AND_EAGER,
+                "mlp": TORCHTUNE | {"fastshard tiles"},
+                "tiny": TORCHTUNE,
             },
         ),
-        ("decode", 4, {"": {"fastshard persistent", "fastshard eager", "torch eager"}}),
+        (
+            "decode",
+            4,
+            {"": {"fastshard persistent", "fastshard eager"} | TORCHTUNE - {"fastshard"}},
+        ),
     ],
 )
 def test_every_variant_computes_its_case(name, num_shapes, variants, monkeypatch):
@@ -330,7 +346,9 @@ def test_every_variant_computes_its_case(name, num_shapes, variants, monkeypatch
     monkeypatch.setattr(Bench, "hot_graph", lambda bench, call: lambda: call(0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    settings = Settings(models=("tiny",), batches=(1, 3), contexts=(32,), peers=("eager", "sdpa"))
+    settings = Settings(
+        models=("tiny",), batches=(1, 3), contexts=(32,), peers=("eager", "sdpa", "torchtune")
+    )
     bench = Bench(torch.device("cpu"), CpuClock(), CpuClock(), settings)
     results = list(command._results(command.BENCHMARKS[name](bench), bench))
     lines = [result for result in results if isinstance(result, Line)]
