@@ -82,6 +82,9 @@ def _table(recording: recorded.Recording, sort: str) -> list[str]:
     """The table; without the limits, and a line that says why, where they cannot be measured."""
     if not recording.kernels:
         return list(table.lines(recording, sort=sort))
+    if not recorded.RECORDS_DTYPES:
+        missing = f"% limit: torch {torch.__version__} does not record the dtypes that it needs"
+        return [*table.lines(recording, sort=sort), missing]
     from fastshard.profile.limits import OpLimits
 
     gc.collect()  # the command's model

@@ -1,5 +1,6 @@
 """What ``torch.profiler`` recorded: calls of ops with their least work, and kernels."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ _DTYPES = {
     "bool": torch.bool,
 }
 """The profiler's names of dtypes, which are those of C++."""
+RECORDS_DTYPES = "input_dtypes" in inspect.signature(FunctionEvent.__init__).parameters
+"""Whether this torch's profiler tells dtypes, without which no cost is known; 2.11's does not."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _cost(event: FunctionEvent) -> Cost | None:
     if name == event.name or name not in COSTS:
         return None
     shapes = getattr(event, "structured_input_shapes", None) or event.input_shapes
-    dtypes = getattr(event, "input_dtypes", None)  # not recorded by every version of torch
+    dtypes = event.input_dtypes if RECORDS_DTYPES else None
     arguments = getattr(torch.ops.fastshard, name).default._schema.arguments
     if not dtypes or not len(arguments) == len(shapes) == len(dtypes) == len(event.concrete_inputs):
         return None

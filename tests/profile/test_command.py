@@ -9,7 +9,7 @@ import pytest
 
 import fastshard
 from fastshard import cli
-from fastshard.profile import command, table
+from fastshard.profile import command, recorded, table
 from helpers import CUDA_ONLY
 
 GENERATE = ["generate", "def ", "--max-new-tokens", "2"]
@@ -181,10 +181,13 @@ def test_kernels_of_ours_on_a_gpu(profile, device, tmp_path, mode, kernel):
     names = [name for name in rows(kernels) if name.startswith("fastshard::")]
     assert any(kernel in name for name in names), names
     assert not any(name.startswith("layers.") for name in rows(err))
-    calls, _, _, share, limit = rows(ours)[
-        "fastshard::decode_step" if mode == "persistent" else "fastshard::fused_mlp"
-    ]
+    name = "fastshard::decode_step" if mode == "persistent" else "fastshard::fused_mlp"
+    calls, _, _, share, limit = rows(ours)[name]
     assert calls == (39 if mode == "persistent" else 40 * 5)  # replays of a graph included
     assert 0 < share <= 100
-    assert limit > 0
+    if recorded.RECORDS_DTYPES:
+        assert limit > 0
+    else:
+        assert limit is None
+        assert "% limit: torch" in err
     assert '"layers.3"' in path.read_text()
