@@ -11,7 +11,8 @@ struct LayerNormParams {
   float eps;
 };
 
-// T: float, __half, __nv_bfloat16. Throws std::runtime_error for rows above kMaxRowBytes, or that the variant does not hold.
+// T: float, __half, __nv_bfloat16. Throws std::runtime_error for rows above kMaxRowBytes, or that the variant does
+// not hold.
 template <typename T>
 void layer_norm(const LayerNormParams& params, RowVariant variant, cudaStream_t stream);
 

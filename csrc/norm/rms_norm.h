@@ -11,7 +11,8 @@ struct RmsNormParams {
   bool weight_in_fp32;  // multiply by weight before rounding to T, not after
 };
 
-// T: float, __half, __nv_bfloat16. Throws std::runtime_error for rows above kMaxRowBytes, or that the variant does not hold.
+// T: float, __half, __nv_bfloat16. Throws std::runtime_error for rows above kMaxRowBytes, or that the variant does
+// not hold.
 template <typename T>
 void rms_norm(const RmsNormParams& params, RowVariant variant, cudaStream_t stream);
 

@@ -181,6 +181,7 @@ using Configs = ConfigList<RowConfig<16, 8, 1>,     // rows up to 256 bytes: a h
                            RowConfig<512, 1, 4>,    // 32 KiB
                            RowConfig<1024, 1, 2>,   // the same in more
                            RowConfig<1024, 1, 4>>;  // 64 KiB: hidden_size 16384 in fp32
+static_assert(RowConfig<1024, 1, 4>::kMaxRowBytes == kMaxRowBytes);
 
 template <typename Launch, typename... Configs>
 bool launch_first_of(ConfigList<Configs...>, int64_t row_bytes, RowVariant variant, Launch launch) {
@@ -201,12 +202,10 @@ void with_row_config(const char* kernel, const NormRows& rows, RowVariant varian
   if (rows.num_tokens == 0) return;  // an empty grid is a launch error
   const int64_t row_bytes = int64_t(rows.hidden_size) * int64_t(sizeof(T));
   if (row_detail::launch_first_of(row_detail::Configs{}, row_bytes, variant, launch)) return;
-  const std::string of_bytes = " of " + std::to_string(row_bytes) + " bytes";
-  throw std::runtime_error(
-      std::string(kernel) + (variant.is_auto() ? ": rows must be at most " + std::to_string(kMaxRowBytes) + " bytes, got"
-                                               : ": no variant " + std::to_string(variant.threads_per_row) + "x" +
-                                                     std::to_string(variant.vecs_per_thread) + " holds rows") +
-      of_bytes);
+  const std::string threads = std::to_string(variant.threads_per_row), vecs = std::to_string(variant.vecs_per_thread);
+  const std::string rule = variant.is_auto() ? "rows must be at most " + std::to_string(kMaxRowBytes) + " bytes, got"
+                                             : "no variant " + threads + "x" + vecs + " holds rows";
+  throw std::runtime_error(std::string(kernel) + ": " + rule + " of " + std::to_string(row_bytes) + " bytes");
 }
 
 template <typename Config>

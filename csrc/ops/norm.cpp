@@ -77,19 +77,19 @@ struct NormCall {
 void run_rms_norm(const char* op, NormCall& call, const Tensor& weight, double eps, bool weight_in_fp32,
                   const std::string& variant) {
   const RmsNormParams params{call.rows, call.vector(weight), float(eps), weight_in_fp32};
-  const RowVariant rows = call.variant(op, variant);
+  const RowVariant chosen = call.variant(op, variant);
   const cudaStream_t stream = current_stream(call.out);
   dispatch_floating("x", call.out.scalar_type(),
-                    [&]<typename T>(std::type_identity<T>) { rms_norm<T>(params, rows, stream); });
+                    [&]<typename T>(std::type_identity<T>) { rms_norm<T>(params, chosen, stream); });
 }
 
 void run_layer_norm(const char* op, NormCall& call, const std::optional<Tensor>& weight,
                     const std::optional<Tensor>& bias, double eps, const std::string& variant) {
   const LayerNormParams params{call.rows, call.vector(weight), call.vector(bias), float(eps)};
-  const RowVariant rows = call.variant(op, variant);
+  const RowVariant chosen = call.variant(op, variant);
   const cudaStream_t stream = current_stream(call.out);
   dispatch_floating("x", call.out.scalar_type(),
-                    [&]<typename T>(std::type_identity<T>) { layer_norm<T>(params, rows, stream); });
+                    [&]<typename T>(std::type_identity<T>) { layer_norm<T>(params, chosen, stream); });
 }
 
 Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, bool weight_in_fp32,

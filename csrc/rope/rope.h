@@ -43,8 +43,8 @@ struct RopeParams {
   int head_dim;
   int rotary_dim;         // even, at most head_dim; 0 for no rotation
   bool interleaved;       // pairs (2i, 2i + 1), else (i, i + rotary_dim / 2)
-  bool whole_vectors;     // all pointers (of table too), strides and head_dim, rotary_dim (its half, where not interleaved) are of
-                          // whole 16-byte vectors
+  bool whole_vectors;     // all pointers (of table too), strides and head_dim, rotary_dim (its half, where not
+                          // interleaved) are of whole 16-byte vectors
 };
 
 // T: float, __half, __nv_bfloat16.
