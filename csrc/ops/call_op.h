@@ -9,7 +9,8 @@
 
 namespace fastshard {
 
-// Call an op through the dispatcher: "aten::linear", or one of ours by FS_OP_NAME. args: the whole schema's.
+// Call an op through the dispatcher: "aten::linear", or one of ours by FS_OP_NAME. args: the whole schema's,
+// defaults too; nothing checks their number.
 template <class... Args>
 Tensor call_op(const char* name, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};

@@ -12,7 +12,9 @@ namespace {
 Tensor library_path(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& norm_weight, double norm_eps, bool weight_in_fp32,
                     const std::optional<Tensor>& residual) {
-  const Tensor rows = norm_weight ? call_op(FS_OP_NAME("rms_norm"), x, *norm_weight, norm_eps, weight_in_fp32) : x;
+  const std::string variant = "auto";
+  const Tensor rows =
+      norm_weight ? call_op(FS_OP_NAME("rms_norm"), x, *norm_weight, norm_eps, weight_in_fp32, variant) : x;
   const Tensor out = library_linear(rows, weight, bias);
   return torch::stable::contiguous(residual ? library_add(out, *residual) : out);
 }
