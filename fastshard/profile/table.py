@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fastshard.ops._library import Cost
-from fastshard.profile.recorded import NAMESPACE, Call, Recording
+from fastshard.profile.recorded import NAMESPACE, Call, Kernel, Recording
 
 SORTS = ("time", "name")
+
+_COPIES = ("Memcpy", "Memset")
+"""How names of copies and fills begin, which are kernels of nobody's."""
 
 LimitUs = Callable[[str, Cost], float]
 """Name of an op of ours and the cost of one call -> microseconds that it takes at best."""
@@ -106,7 +109,7 @@ def op_rows_on_gpu(recording: Recording) -> list[Row]:
     for call in recording.calls:
         if call.op.startswith(NAMESPACE) and call.kernels:
             rows.add(call.op, sum(kernel.us for kernel in call.kernels), cost=call.cost)
-        for kernel in call.kernels:
+        for kernel in _without_copies(call):
             launchers[kernel.name].append(call)
             launched[kernel.name] += 1
     totals = _Rows()
@@ -115,16 +118,20 @@ def op_rows_on_gpu(recording: Recording) -> list[Row]:
     for name, calls in launchers.items():
         replays = totals[name].calls - launched[name] if name in totals else 0
         if replays > 0 and _is_one_op(calls):
-            direct = sum(kernel.us for call in calls for kernel in call.kernels)
+            direct = sum(kernel.us for call in calls for kernel in _without_copies(call))
             rows.add(calls[0].op, totals[name].us - direct, calls=replays, cost=calls[0].cost)
     return list(rows.values())
 
 
+def _without_copies(call: Call) -> list[Kernel]:
+    return [kernel for kernel in call.kernels if not kernel.name.startswith(_COPIES)]
+
+
 def _is_one_op(calls: Sequence[Call]) -> bool:
-    """Whether calls that launch some kernel launch nothing else, and are of one op and cost."""
+    """Whether calls that launch some kernel launch no other, and are of one op and cost."""
     return (
         calls[0].op.startswith(NAMESPACE)
-        and all(len(call.kernels) == 1 for call in calls)
+        and all(len(_without_copies(call)) == 1 for call in calls)
         and len({(call.op, call.cost) for call in calls}) == 1
     )
 

@@ -67,7 +67,7 @@ def rows_by_name(rows):
 def test_replays_count_where_one_op_ran_the_kernel_at_one_cost():
     recording = Recording(
         [
-            call("fused_mlp", ("mlp", 5.0), cost=MLP),
+            call("fused_mlp", ("Memset (Device)", 0.5), ("mlp", 5.0), cost=MLP),
             call("fused_mlp", cost=MLP),  # into a graph
             call("rms_norm", ("norm", 1.0), cost=NORM),
             call("rms_norm", ("norm", 3.0), cost=Cost(9, 9)),  # of another shape
@@ -82,10 +82,11 @@ def test_replays_count_where_one_op_ran_the_kernel_at_one_cost():
             *(Kernel("shared", us) for us in (1.0, 1.0, 1.0)),
             Kernel("sum", 1.0),
             Kernel("Memcpy", 2.0),
+            *(Kernel("Memset (Device)", 0.5) for _ in range(4)),  # of whom, nobody knows
         ],
     )
     assert rows_by_name(table.op_rows_on_gpu(recording)) == {
-        "fastshard::fused_mlp": (3, 18.0, {MLP: 3}),
+        "fastshard::fused_mlp": (3, 18.5, {MLP: 3}),
         "fastshard::rms_norm": (2, 4.0, {NORM: 1, Cost(9, 9): 1}),
         "fastshard::linear": (1, 3.0, {NORM: 1}),
         "fastshard::sample": (1, 1.0, {NORM: 1}),
