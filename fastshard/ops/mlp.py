@@ -84,9 +84,12 @@ def fused_mlp(
     )
 
 
-@torch.compiler.assume_constant_result
 def _torch_allows_fp16_accumulation() -> bool:
     return torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler, for seconds, to do it
+_torch_allows_fp16_accumulation._dynamo_marked_constant = True
 
 
 @torch.library.register_fake("fastshard::fused_mlp")
