@@ -12,7 +12,7 @@ PACKAGE = Path(fastshard.__file__).parent
 # points. Modules of one layer do not import each other: dist and checkpoint know only the models.
 LAYERS = [
     {"_C", "_build_info"},  # files only where the package is built
-    {"build_record", "environment"},
+    {"build_record", "environment", "files"},
     {"ops"},
     {"nn"},
     {"models"},

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import fastshard
 from fastshard import build_record
 from fastshard.bench.timing import Timing
 from fastshard.devices import loaded_code
+from fastshard.files import replace_text
 
 HEADER = (
     f"{'case':<10} {'variant':<20} {'shape':<36} {'dtype':<8} {'time':>10} {'p20-p80':>15} "
@@ -245,7 +245,4 @@ def write_json(
         **processes,
         "skipped": [asdict(result) for result in results if isinstance(result, Skipped)],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
+    replace_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -6,8 +6,6 @@ capability. Without an entry a heuristic in csrc decides.
 """
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastshard.environment import cache_dir, shipped_tables_dir
+from fastshard.files import replace_text
 
 FORMAT = 1
 ORIGINS = ("measured", "model")
@@ -108,16 +107,7 @@ def write_table(path: Path, table: Table) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **asdict(table)}, indent=1) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_text(path, json.dumps({"format": FORMAT, **asdict(table)}, indent=1) + "\n")
 
 
 def read_tables(folders: Sequence[Path] | None = None) -> list[Table]:
