@@ -174,38 +174,14 @@ def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
 
 # Outputs are contiguous, as the kernels write them, whatever the strides of x.
 @torch.library.register_fake("fastshard::rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool, variant: str = "auto") -> Tensor:
+@torch.library.register_fake("fastshard::layer_norm")
+def _(x: Tensor, *rest) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fastshard::add_rms_norm")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    weight_in_fp32: bool,
-    variant: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@torch.library.register_fake("fastshard::layer_norm")
-def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, variant: str = "auto"
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 @torch.library.register_fake("fastshard::add_layer_norm")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    variant: str = "auto",
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -223,16 +199,9 @@ torch.library.impl("fastshard::rms_norm", "cpu", _rms_norm_reference)
 
 
 @torch.library.impl("fastshard::add_rms_norm", "cpu")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    weight_in_fp32: bool,
-    variant: str = "auto",
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor, *rest) -> tuple[Tensor, Tensor]:
     new_residual = _add_reference(x, residual)
-    return _rms_norm_reference(new_residual, weight, eps, weight_in_fp32), new_residual
+    return _rms_norm_reference(new_residual, *rest), new_residual
 
 
 def _layer_norm_reference(
@@ -252,16 +221,9 @@ torch.library.impl("fastshard::layer_norm", "cpu", _layer_norm_reference)
 
 
 @torch.library.impl("fastshard::add_layer_norm", "cpu")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    variant: str = "auto",
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor, *rest) -> tuple[Tensor, Tensor]:
     new_residual = _add_reference(x, residual)
-    return _layer_norm_reference(new_residual, weight, bias, eps), new_residual
+    return _layer_norm_reference(new_residual, *rest), new_residual
 
 
 def _add_reference(x: Tensor, residual: Tensor) -> Tensor:
@@ -275,36 +237,20 @@ def _norm_cost(x: Tensor, num_tensors: int, vectors: tuple[Tensor | None, ...], 
 
 
 @cost("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, weight_in_fp32: bool, variant: str = "auto") -> Cost:
+def _(x: Tensor, weight: Tensor, *rest) -> Cost:
     return _norm_cost(x, 2, (weight,), flops=4)
 
 
 @cost("add_rms_norm")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    weight_in_fp32: bool,
-    variant: str = "auto",
-) -> Cost:
+def _(x: Tensor, residual: Tensor, weight: Tensor, *rest) -> Cost:
     return _norm_cost(x, 4, (weight,), flops=5)
 
 
 @cost("layer_norm")
-def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, variant: str = "auto"
-) -> Cost:
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest) -> Cost:
     return _norm_cost(x, 2, (weight, bias), flops=7)
 
 
 @cost("add_layer_norm")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    variant: str = "auto",
-) -> Cost:
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *rest) -> Cost:
     return _norm_cost(x, 4, (weight, bias), flops=8)
