@@ -1,9 +1,9 @@
 """``fastshard bench compare A.json B.json``: the lines of two runs beside each other."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 
 from fastshard.bench.report import Line, format_us
 from fastshard.bench.result_file import ResultFile, read
@@ -102,10 +102,6 @@ def differences(a: ResultFile, b: ResultFile) -> list[str]:
         if x and y and abs(x - y) > LIMIT_TOLERANCE * max(x, y):
             texts.append(f"the measured limit {key} differs: {x:.2f} in A, {y:.2f} in B")
     return texts
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 def _by_key(result: ResultFile) -> dict[Key, Line]:
