@@ -170,17 +170,17 @@ template <typename... Configs>
 struct ConfigList {};
 
 // The first that holds a row is taken where no variant is asked for.
-using Configs = ConfigList<RowConfig<16, 8, 1>,     // rows up to 256 bytes: a head of 128 in 16 bit
-                           RowConfig<32, 4, 1>,     // 512 bytes
-                           RowConfig<64, 1, 2>,     // 2 KiB
-                           RowConfig<128, 1, 2>,    // 4 KiB: hidden_size 2048 in 16 bit
-                           RowConfig<256, 1, 2>,    // 8 KiB: hidden_size 4096 in 16 bit
-                           RowConfig<128, 1, 4>,    // the same in fewer threads
-                           RowConfig<512, 1, 1>,    // the same in more
-                           RowConfig<256, 1, 4>,    // 16 KiB: hidden_size 8192 in 16 bit
-                           RowConfig<512, 1, 4>,    // 32 KiB
-                           RowConfig<1024, 1, 2>,   // the same in more
-                           RowConfig<1024, 1, 4>>;  // 64 KiB: hidden_size 16384 in fp32
+using RowConfigs = ConfigList<RowConfig<16, 8, 1>,     // rows up to 256 bytes: a head of 128 in 16 bit
+                              RowConfig<32, 4, 1>,     // 512 bytes
+                              RowConfig<64, 1, 2>,     // 2 KiB
+                              RowConfig<128, 1, 2>,    // 4 KiB: hidden_size 2048 in 16 bit
+                              RowConfig<256, 1, 2>,    // 8 KiB: hidden_size 4096 in 16 bit
+                              RowConfig<128, 1, 4>,    // the same in fewer threads
+                              RowConfig<512, 1, 1>,    // the same in more
+                              RowConfig<256, 1, 4>,    // 16 KiB: hidden_size 8192 in 16 bit
+                              RowConfig<512, 1, 4>,    // 32 KiB
+                              RowConfig<1024, 1, 2>,   // the same in more
+                              RowConfig<1024, 1, 4>>;  // 64 KiB: hidden_size 16384 in fp32
 static_assert(RowConfig<1024, 1, 4>::kMaxRowBytes == kMaxRowBytes);
 
 template <typename Launch, typename... Configs>
@@ -201,7 +201,7 @@ template <typename T, typename Launch>
 void with_row_config(const char* kernel, const NormRows& rows, RowVariant variant, Launch launch) {
   if (rows.num_tokens == 0) return;  // an empty grid is a launch error
   const int64_t row_bytes = int64_t(rows.hidden_size) * int64_t(sizeof(T));
-  if (row_detail::launch_first_of(row_detail::Configs{}, row_bytes, variant, launch)) return;
+  if (row_detail::launch_first_of(row_detail::RowConfigs{}, row_bytes, variant, launch)) return;
   const std::string threads = std::to_string(variant.threads_per_row), vecs = std::to_string(variant.vecs_per_thread);
   const std::string rule = variant.is_auto() ? "rows must be at most " + std::to_string(kMaxRowBytes) + " bytes, got"
                                              : "no variant " + threads + "x" + vecs + " holds rows";
