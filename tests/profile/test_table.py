@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import fastshard
 from fastshard import ops
 from fastshard.ops._library import COSTS, Cost
 from fastshard.profile import limits, recorded, table
@@ -49,6 +50,20 @@ def test_costs_are_those_of_the_arguments(dtype):
         COSTS["act_and_mul"](x, "gelu", False),
         COSTS["sample"](x.float(), torch.zeros(()), 0, 1.0, 0, 1.0, 0.0),
     ]
+
+
+@pytest.mark.skipif(not recorded.RECORDS_DTYPES, reason="this torch does not record dtypes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cost_of_a_step_counts_its_lists_of_weights(dtype):
+    model = fastshard.load(device="cpu", dtype=dtype)
+    calls = record(lambda: list(model.stream("def ", max_new_tokens=2, decode="persistent")))
+    (cost,) = [call.cost for call in calls if call.op == "fastshard::decode_step"]
+    weights = sum(tensor.numel() for tensor in model.model.state_dict().values())
+    cache = model.model.any_cache.k_cache
+    keys_and_values = 2 * 5 * (cache.numel() + cache[:, :, 0].numel())  # all read, one written
+    row, vocab_size = 256, 2048
+    size = (weights + keys_and_values + row) * dtype.itemsize
+    assert cost.bytes == size + 4 * vocab_size
 
 
 def test_only_outermost_calls_are_counted():
