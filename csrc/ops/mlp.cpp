@@ -165,7 +165,7 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
   if (x.numel() == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / hidden_size;
   const std::string variant =
-      variant_for(asked, "fused_mlp", x.scalar_type(), {num_tokens, hidden_size, intermediate_size});
+      variant_for(asked, "fused_mlp", x.scalar_type(), {num_tokens}, {hidden_size, intermediate_size});
   STD_TORCH_CHECK(adds_in_fp16(variant) == adds_in_fp16(asked), "fused_mlp: a table must not choose ", variant,
                   ", whose sums are less accurate");
   const bool streams = is_auto(variant) && num_tokens <= kFusedMlpMaxTokens && can_stream(gate_up_weight) &&

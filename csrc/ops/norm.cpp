@@ -60,7 +60,7 @@ struct NormCall {
   }
 
   RowVariant variant(const char* op, const std::string& asked) const {
-    return row_variant_of(variant_for(asked, op, out.scalar_type(), {rows.num_tokens, rows.hidden_size}));
+    return row_variant_of(variant_for(asked, op, out.scalar_type(), {rows.num_tokens}, {rows.hidden_size}));
   }
 
   // Data of a [hidden_size] vector like out, in a copy where it is not aligned; null for none.

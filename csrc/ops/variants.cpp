@@ -70,16 +70,14 @@ void use_variants(const std::string& table) {
 }
 
 std::string variant_for(const std::string& asked, const char* op, ScalarType dtype,
-                        std::initializer_list<int64_t> shape) {
+                        std::initializer_list<int64_t> counts, std::initializer_list<int64_t> sizes) {
   if (asked != "auto") return asked;
   const auto choices = choices_of_current_device();
   if (choices->empty()) return asked;
   std::string key = std::string(op) + '\t' + name_of(dtype) + '\t';
-  for (const int64_t& size : shape) {
-    const bool is_first = &size == shape.begin();
-    if (!is_first) key += ',';
-    key += std::to_string(is_first ? int64_t(std::bit_ceil(uint64_t(size))) : size);
-  }
+  for (const int64_t count : counts) key += std::to_string(std::bit_ceil(uint64_t(count))) + ',';
+  for (const int64_t size : sizes) key += std::to_string(size) + ',';
+  key.pop_back();
   const auto found = choices->find(key);
   return found == choices->end() ? asked : found->second;
 }

@@ -17,6 +17,9 @@ from fastshard.files import replace_text
 
 FORMAT = 1
 ORIGINS = ("measured", "model")
+COUNTS = {"attention": 3, "cached_attention": 3}
+"""How many of an op's sizes, the first, count what a call has of something: calls in one bucket
+share an entry. Batch, queries and keys of attention; of every other op its rows."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Entry:
     Attributes:
         op: Name without its namespace.
         dtype: Like ``bfloat16``.
-        shape: Rows, of which the bucket counts (``bucket``), then the op's own sizes: hidden_size
-            of a norm.
+        shape: Counts (``COUNTS``), of which the buckets count, then the op's own sizes: rows and
+            hidden_size of a norm.
         variant: As the raw op takes it.
     """
 
@@ -57,6 +60,12 @@ class Table:
 def bucket(rows: int) -> int:
     """The power of two at or above ``rows``: calls in one bucket share an entry."""
     return 1 << max(rows - 1, 0).bit_length()
+
+
+def key_shape(op: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape by which an entry is found: counts in their buckets, other sizes as they are."""
+    counts = COUNTS.get(op, 1)
+    return (*map(bucket, shape[:counts]), *shape[counts:])
 
 
 def user_tables_dir() -> Path:
@@ -132,7 +141,7 @@ def table_lines(tables: Iterable[Table]) -> str:
     """As the kernels take them, see csrc/ops/variants.h."""
     return "".join(
         f"{table.device}\t{entry.op}\t{entry.dtype}\t"
-        f"{','.join(map(str, (bucket(entry.shape[0]), *entry.shape[1:])))}\t{entry.variant}\n"
+        f"{','.join(map(str, key_shape(entry.op, entry.shape)))}\t{entry.variant}\n"
         for table in tables
         for entry in table.entries
     )
