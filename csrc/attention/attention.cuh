@@ -340,7 +340,7 @@ struct SplitParts {
 };
 
 constexpr int kCombineWarps = 4;
-constexpr int kAttentionMaxSplits = 32 * kCombineWarps;
+static_assert(kAttentionMaxSplits == 32 * kCombineWarps);
 
 template <int kHeadDim>
 using AttentionCombineSharedStorage = PartialRows<kCombineWarps, 1, kHeadDim>;

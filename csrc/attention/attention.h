@@ -30,6 +30,11 @@ struct AttentionMask {
   AttentionMaskType type;
 };
 
+// Which tiles of AttentionConfigs (launch_attention.cuh) a call gets.
+enum class AttentionTile { kAuto, kFew, kSmall, kPrefill };
+
+constexpr int kAttentionMaxSplits = 128;
+
 struct AttentionParams {
   const void* q;  // [batch, s_q, num_kv_heads * group, head_dim]
   const void* k;  // [batch, s_kv, num_kv_heads, head_dim]
@@ -54,6 +59,9 @@ struct AttentionParams {
   const void* weight;  // [head_dim], may be null
   const void* bias;    // [head_dim], may be null
   float eps;
+
+  AttentionTile tile;
+  int asked_splits;  // of the keys of a row, at most kAttentionMaxSplits; 0: a heuristic chooses
 
   // The keys of a row may be split over blocks, whose partial results a second kernel combines.
   int num_splits;      // from attention_num_splits

@@ -44,7 +44,8 @@ void launch(const AttentionParams& p, cudaStream_t stream) {
   // A heuristic: the figure of the first device serves for all.
   static const int capacity = max_resident_blocks<Storage>(kernel, Config::kThreads);
   const int num_heads = p.batch * p.num_kv_heads;
-  const int splits = num_splits(num_heads, capacity, p.max_keys / (kDecodeKeys * Config::kWarps) + 1);
+  const int max_splits = p.max_keys / (kDecodeKeys * Config::kWarps) + 1;
+  const int splits = p.asked_splits > 0 ? p.asked_splits : num_splits(num_heads, capacity, max_splits);
   DecodeAttentionParams params = decode_attention_params(p, Config::kThreads);
   if (splits > 1) {
     const int64_t words = SplitResults(nullptr, num_heads, p.rows_per_head(), p.head_dim).num_words(num_heads, splits);

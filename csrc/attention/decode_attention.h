@@ -19,7 +19,7 @@ inline bool decode_attention_serves(const AttentionParams& p) {
   return has_head_dim && fits_grid && has_strides && p.rows_per_head() <= 16 && !p.layer_norm;
 }
 
-// T: __half, __nv_bfloat16. One launch; num_splits and the partials of `params` are not read.
+// T: __half, __nv_bfloat16. One launch; tile, num_splits and the partials of `params` are not read.
 template <typename T>
 void decode_attention(const AttentionParams& params, cudaStream_t stream);
 

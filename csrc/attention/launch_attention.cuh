@@ -65,19 +65,28 @@ struct AttentionLauncher {
   static auto with_config(const AttentionParams& p, Function function) {
     using enum AttentionRules;
     using Prefill = typename Configs::template Prefill<kRanges>;
-    if (p.rows_per_head() <= Configs::Few::kRows) return function.template operator()<typename Configs::Few>();
-    if (p.softcap == 0.f && p.mask.type == AttentionMaskType::kNone) {
-      const bool fills_half = num_row_blocks<Prefill>(p) * 2 > capacity<Prefill>();
-      if (fills_half) return function.template operator()<Prefill>();
-      return function.template operator()<typename Configs::template Small<kRanges>>();
-    }
-    if (p.softcap == 0.f && has_mask_bytes<Prefill::kWarpKeys / 4>(p.mask)) {
-      return function.template operator()<typename Configs::template Prefill<kMaskBytes>>();
-    }
-    if (p.softcap == 0.f && has_mask_values<T>(p.mask)) {
-      return function.template operator()<typename Configs::template Prefill<kMaskValues>>();
+    const bool is_plain = p.softcap == 0.f && p.mask.type == AttentionMaskType::kNone;
+    const AttentionTile tile = p.tile == AttentionTile::kAuto ? choose_tile(p, is_plain) : p.tile;
+    if (tile == AttentionTile::kFew) return function.template operator()<typename Configs::Few>();
+    if (is_plain && tile == AttentionTile::kPrefill) return function.template operator()<Prefill>();
+    if (is_plain) return function.template operator()<typename Configs::template Small<kRanges>>();
+    if (p.softcap == 0.f && tile == AttentionTile::kPrefill) {
+      if (has_mask_bytes<Prefill::kWarpKeys / 4>(p.mask)) {
+        return function.template operator()<typename Configs::template Prefill<kMaskBytes>>();
+      }
+      if (has_mask_values<T>(p.mask)) {
+        return function.template operator()<typename Configs::template Prefill<kMaskValues>>();
+      }
     }
     return function.template operator()<typename Configs::template Small<kAll>>();
+  }
+
+  // A heuristic: the large tiles, where they fill half of the device or a mask takes registers that small ones have not.
+  static AttentionTile choose_tile(const AttentionParams& p, bool is_plain) {
+    using Prefill = typename Configs::template Prefill<AttentionRules::kRanges>;
+    if (p.rows_per_head() <= Configs::Few::kRows) return AttentionTile::kFew;
+    const bool fills_half = num_row_blocks<Prefill>(p) * 2 > capacity<Prefill>();
+    return fills_half || !is_plain ? AttentionTile::kPrefill : AttentionTile::kSmall;
   }
 
   // Heads whose keys and values fill half of the L2 cache: blocks of one head that run at the same time share them.
@@ -112,6 +121,7 @@ struct AttentionLauncher {
   // each: 8 row blocks, 396 / 8 = 49 splits.
   template <typename Config>
   static int splits_of(const AttentionParams& p) {
+    if (p.asked_splits > 0) return p.asked_splits;
     // Fewer keys are not worth the second kernel and what it reads, which grows with the rows.
     constexpr int kMinKeys = Config::kRows > 16 ? 1024 : 256;
     const int64_t splits = std::min<int64_t>(

@@ -1,10 +1,11 @@
-// torch boundary of csrc/attention: check memory safety, fill Params, dispatch on dtype, launch; or torch's own attention
-// where that is faster.
+// torch boundary of csrc/attention: check memory safety, fill Params, choose a variant, dispatch on dtype, launch; or
+// torch's own attention where that is faster.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <climits>
+#include <cstdio>
 
 #include "attention/attention.h"
 #include "attention/decode_attention.h"
@@ -12,6 +13,7 @@
 #include "ops/call_op.h"
 #include "ops/check.h"
 #include "ops/stable_box.h"
+#include "ops/variants.h"
 
 namespace fastshard {
 namespace {
@@ -80,16 +82,53 @@ AttentionMask mask_of(const OptionalTensor& mask, const Tensor& q, Tensor& stora
           type};
 }
 
-// Whether torch's attention takes the call and is faster. From compute capability 9.0 on cuDNN has kernels of other
-// instructions, but prepares for each new shape for 40 ms: only what makes up for that in two prompts goes there.
+// Where a call goes: to torch's attention, to decode_attention, or to attention() and which of its tiles.
+struct Variant {
+  enum class Kernel { kAuto, kLibrary, kDecode, kTiles } kernel = Kernel::kAuto;
+  AttentionTile tile = AttentionTile::kAuto;
+  int splits = 0;  // 0: a heuristic chooses
+};
+
+// Of "auto", "library", or a kernel and perhaps its splits like "small/4".
+Variant variant_of(const std::string& name) {
+  using enum Variant::Kernel;
+  if (name == "auto") return {};
+  if (name == "library") return {kLibrary};
+  Variant variant;
+  const std::string kernel = name.substr(0, name.find('/'));
+  if (kernel == "decode") variant = {kDecode};
+  if (kernel == "few") variant = {kTiles, AttentionTile::kFew};
+  if (kernel == "small") variant = {kTiles, AttentionTile::kSmall};
+  if (kernel == "prefill") variant = {kTiles, AttentionTile::kPrefill};
+  bool is_known = variant.kernel != kAuto;
+  if (kernel.size() < name.size()) {
+    char end = 0;
+    const int read = std::sscanf(name.c_str() + kernel.size(), "/%d%c", &variant.splits, &end);
+    is_known &= read == 1 && variant.splits >= 1 && variant.splits <= kAttentionMaxSplits;
+  }
+  STD_TORCH_CHECK(is_known, "attention: variant must be auto, library, or one of decode, few, small and prefill, ",
+                  "perhaps with its splits, up to ", kAttentionMaxSplits, ", like small/4, got ", name);
+  return variant;
+}
+
+bool has_only_lengths(const Rules& rules) {
+  return !rules.mask && !rules.first_key && !rules.window && !rules.softcap;
+}
+
+// Whether torch's attention takes the call.
+bool library_serves(const Tensor& q, const Tensor& k, const Rules& rules) {
+  const bool is_16bit = q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16;
+  const bool is_aligned_top_left = !rules.causal || q.size(1) == k.size(1);  // as torch means causal
+  return is_16bit && has_only_lengths(rules) && !rules.kv_lengths && is_aligned_top_left;
+}
+
+// A heuristic. From compute capability 9.0 on cuDNN has kernels of other instructions, but prepares for each new shape
+// for 40 ms: only what makes up for that in two prompts goes there.
 bool library_is_faster(const Tensor& q, const Tensor& k, const Rules& rules) {
   constexpr double kMinFlops = 4e11;  // 8192 causal tokens with 32 heads of 128 are 5.5e11
   const double pairs = double(q.size(1)) * double(k.size(1)) / (rules.causal ? 2 : 1);
   const double flops = 4 * double(q.size(0) * q.size(2) * q.size(3)) * pairs;
-  const bool is_16bit = q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16;
-  const bool is_plain = !rules.mask && !rules.kv_lengths && !rules.first_key && !rules.window && !rules.softcap;
-  const bool is_aligned_top_left = !rules.causal || q.size(1) == k.size(1);  // as torch means causal
-  return flops >= kMinFlops && is_16bit && is_plain && is_aligned_top_left && compute_capability() >= 90;
+  return flops >= kMinFlops && library_serves(q, k, rules) && compute_capability() >= 90;
 }
 
 Tensor library_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Rules& rules) {
@@ -101,8 +140,8 @@ Tensor library_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
 }
 
 template <typename T>
-void launch(AttentionParams& params, const Tensor& out) {
-  if (decode_attention_serves(params)) return decode_attention<T>(params, current_stream(out));
+void launch(AttentionParams& params, bool by_decode, const Tensor& out) {
+  if (by_decode) return decode_attention<T>(params, current_stream(out));
   params.num_splits = attention_num_splits<T>(params);
   Tensor partials;
   if (params.num_splits > 1) {
@@ -116,7 +155,7 @@ void launch(AttentionParams& params, const Tensor& out) {
 }
 
 Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const LayerNorm* layer_norm,
-           const Rules& rules) {
+           const Rules& rules, const std::string& asked) {
   STD_TORCH_CHECK(q_in.dim() == 4 && k_in.dim() == 4 && shape_of(v_in) == shape_of(k_in) &&
                       k_in.size(0) == q_in.size(0) && k_in.size(3) == q_in.size(3),
                   "attention: q must be [b, s_q, num_qo_heads, head_dim], k and v [b, s_kv, num_kv_heads, head_dim]");
@@ -128,8 +167,23 @@ Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Lay
   STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kAttentionMaxHeadDim,
                   "attention: head_dim must be a multiple of 8 up to ", kAttentionMaxHeadDim, ", got ", head_dim);
 
+  using enum Variant::Kernel;
   const DeviceGuard guard(q_in);
-  if (layer_norm == nullptr && library_is_faster(q_in, k_in, rules)) return library_attention(q_in, k_in, v_in, rules);
+  const bool is_asked = asked != "auto";
+  Variant variant = variant_of(asked);
+  if (!is_asked && layer_norm == nullptr && has_only_lengths(rules) && q_in.numel() > 0 && k_in.numel() > 0) {
+    const char* const op = rules.kv_lengths ? "cached_attention" : "attention";
+    variant = variant_of(variant_for(asked, op, q_in.scalar_type(), {q_in.size(0), q_in.size(1), k_in.size(1)},
+                                     {num_qo_heads, num_kv_heads, head_dim}));
+  }
+  if (variant.kernel == kLibrary && !(layer_norm == nullptr && library_serves(q_in, k_in, rules))) {
+    STD_TORCH_CHECK(!is_asked, "attention: variant library takes no mask, lengths, first_key, window or softcap");
+    variant = {};  // an entry for other calls of this bucket
+  }
+  const bool is_auto = variant.kernel == kAuto;
+  if (variant.kernel == kLibrary || (is_auto && layer_norm == nullptr && library_is_faster(q_in, k_in, rules))) {
+    return library_attention(q_in, k_in, v_in, rules);
+  }
   Tensor out = torch::stable::new_empty(q_in, shape_of(q_in));  // contiguous, whatever q's strides
   if (out.numel() == 0) return out;
   const Tensor q = with_aligned_rows(q_in), k = with_aligned_rows(k_in), v = with_aligned_rows(v_in);
@@ -174,9 +228,18 @@ Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Lay
     params.bias = vector_of(layer_norm->bias, bias);
   }
 
+  bool by_decode = (is_auto || variant.kernel == kDecode) && decode_attention_serves(params);
+  if (variant.kernel == kDecode && !by_decode) {
+    STD_TORCH_CHECK(!is_asked, "attention: variant ", asked, " takes head_dim 64, 96 or 128 and at most 16 queries ",
+                    "for each key, got head_dim ", head_dim, " and ", params.rows_per_head());
+    variant = {};
+  }
+  params.tile = variant.tile;
+  params.asked_splits = variant.splits;
+
   switch (q.scalar_type()) {
-    case ScalarType::Half:     launch<__half>(params, out); break;
-    case ScalarType::BFloat16: launch<__nv_bfloat16>(params, out); break;
+    case ScalarType::Half:     launch<__half>(params, by_decode, out); break;
+    case ScalarType::BFloat16: launch<__nv_bfloat16>(params, by_decode, out); break;
     default:
       STD_TORCH_CHECK(false, "attention: q must be float16 or bfloat16, got ",
                       torch::headeronly::toString(q.scalar_type()));
@@ -186,8 +249,8 @@ Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Lay
 
 Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, bool causal,
                       const OptionalTensor& kv_lengths, const OptionalTensor& first_key, std::optional<int64_t> window,
-                      std::optional<double> softcap, double softmax_scale) {
-  return run(q, k, v, nullptr, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale});
+                      std::optional<double> softcap, double softmax_scale, const std::string& variant) {
+  return run(q, k, v, nullptr, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale}, variant);
 }
 
 Tensor attention_layer_norm_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& weight,
@@ -195,7 +258,7 @@ Tensor attention_layer_norm_cuda(const Tensor& q, const Tensor& k, const Tensor&
                                  const OptionalTensor& kv_lengths, const OptionalTensor& first_key,
                                  std::optional<int64_t> window, std::optional<double> softcap, double softmax_scale) {
   const LayerNorm layer_norm{weight, bias, eps};
-  return run(q, k, v, &layer_norm, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale});
+  return run(q, k, v, &layer_norm, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale}, "auto");
 }
 
 }  // namespace

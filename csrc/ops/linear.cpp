@@ -1,9 +1,10 @@
-// torch boundary of csrc/gemv: few rows go to the weight-streaming kernels, others to torch's matmul.
+// torch boundary of csrc/gemv: few rows go to the weight-streaming kernels, others to torch's matmul; or as a table says.
 #include "gemv/linear.h"
 
 #include "ops/check.h"
 #include "ops/matmul.h"
 #include "ops/stable_box.h"
+#include "ops/variants.h"
 
 namespace fastshard {
 namespace {
@@ -12,9 +13,9 @@ namespace {
 Tensor library_path(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& norm_weight, double norm_eps, bool weight_in_fp32,
                     const std::optional<Tensor>& residual) {
-  const std::string variant = "auto";
+  const std::string any = "auto";
   const Tensor rows =
-      norm_weight ? call_op(FS_OP_NAME("rms_norm"), x, *norm_weight, norm_eps, weight_in_fp32, variant) : x;
+      norm_weight ? call_op(FS_OP_NAME("rms_norm"), x, *norm_weight, norm_eps, weight_in_fp32, any) : x;
   const Tensor out = library_linear(rows, weight, bias);
   return torch::stable::contiguous(residual ? library_add(out, *residual) : out);
 }
@@ -30,7 +31,7 @@ const void* vector_data(const std::optional<Tensor>& vector, std::optional<RowMa
 
 Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& norm_weight, double norm_eps, bool weight_in_fp32,
-                   const std::optional<Tensor>& residual) {
+                   const std::optional<Tensor>& residual, const std::string& asked) {
   STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1) && weight.size(1) > 0,
                   "linear: weight must have two dimensions, the second that of x's rows");
   FS_CHECK_LIKE(weight, x);
@@ -54,7 +55,15 @@ Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Te
   const DeviceGuard guard(x);
   if (x.numel() == 0 || out_features == 0) return torch::stable::new_empty(x, shape);
   const int64_t num_tokens = x.numel() / in_features;
-  if (num_tokens > kLinearMaxTokens || !can_stream(weight)) {
+  const std::string variant =
+      norm_weight ? asked : variant_for(asked, "linear", x.scalar_type(), {num_tokens}, {in_features, out_features});
+  const bool is_auto = variant == "auto";
+  STD_TORCH_CHECK(is_auto || variant == "library" || variant == "stream",
+                  "linear: variant must be auto, library or stream, got ", variant);
+  const bool streams = num_tokens <= kLinearMaxTokens && can_stream(weight);
+  STD_TORCH_CHECK(asked != "stream" || streams, "linear: variant stream takes at most ", kLinearMaxTokens,
+                  " rows and a contiguous weight, got ", num_tokens, " rows");
+  if (variant == "library" || !streams) {
     return library_path(x, weight, bias, norm_weight, norm_eps, weight_in_fp32, residual);
   }
   Tensor out = torch::stable::new_empty(x, shape);

@@ -20,7 +20,7 @@ _RULES = (
     "Tensor? mask, bool causal, Tensor? kv_lengths, Tensor? first_key, int? window, "
     "float? softcap, float softmax_scale"
 )
-define(f"attention(Tensor q, Tensor k, Tensor v, {_RULES}) -> Tensor")
+define(f"attention(Tensor q, Tensor k, Tensor v, {_RULES}, str variant='auto') -> Tensor")
 define(
     "attention_layer_norm(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, float eps, "
     f"{_RULES}) -> Tensor"
@@ -262,7 +262,20 @@ def _(q: Tensor, k: Tensor, v: Tensor, weight, bias, eps: float, *rules) -> Tens
 
 
 @torch.library.impl("fastshard::attention", "cpu")
-def _(q: Tensor, k: Tensor, v: Tensor, *rules) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    kv_lengths: Tensor | None,
+    first_key: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    variant: str = "auto",
+) -> Tensor:
+    rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
     return _reference(q, k, v, *rules).to(q.dtype)
 
 
@@ -339,7 +352,9 @@ def _reference(
 
 
 @cost("attention")
-def _(q, k, v, mask, causal, kv_lengths, first_key, window, softcap, softmax_scale) -> Cost:
+def _(
+    q, k, v, mask, causal, kv_lengths, first_key, window, softcap, softmax_scale, variant="auto"
+) -> Cost:
     s_q, s_kv = q.shape[1], k.shape[1]
     pairs = s_q * s_kv
     if causal:

@@ -12,7 +12,7 @@ from fastshard.ops._library import Cost, cost, define
 
 define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, "
-    "bool weight_in_fp32, Tensor? residual) -> Tensor"
+    "bool weight_in_fp32, Tensor? residual, str variant='auto') -> Tensor"
 )
 
 
@@ -102,6 +102,7 @@ def _(
     norm_eps: float,
     weight_in_fp32: bool,
     residual: Tensor | None,
+    variant: str = "auto",
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -115,6 +116,7 @@ def _(
     norm_eps: float,
     weight_in_fp32: bool,
     residual: Tensor | None,
+    variant: str = "auto",
 ) -> Tensor:
     if norm_weight is not None:
         x = torch.ops.fastshard.rms_norm.default(x, norm_weight, norm_eps, weight_in_fp32)
@@ -135,6 +137,7 @@ def _(
     norm_eps: float,
     weight_in_fp32: bool,
     residual: Tensor | None,
+    variant: str = "auto",
 ) -> Cost:
     num_tokens = x.numel() // x.shape[-1]
     read = [t for t in (x, weight, bias, norm_weight, residual) if t is not None]

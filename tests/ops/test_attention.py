@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from fastshard import ops
-from helpers import CUDA_ONLY, assert_as_accurate, assert_replays_in_a_graph, cuda_kernel_names
+from helpers import (
+    CUDA_ONLY,
+    KERNELS_ONLY,
+    assert_as_accurate,
+    assert_replays_in_a_graph,
+    cuda_kernel_names,
+)
 
 DTYPES = [torch.float16, torch.bfloat16]
 NAN = float("nan")
@@ -687,6 +693,93 @@ def test_runs_our_kernels(shape, device):
         names = cuda_kernel_names(lambda call=call: call(q, k, v))
         assert len(names) == len(expected)
         assert all(part in name for part, name in zip(expected, names, strict=True))
+
+
+def raw_attention(q, k, v, variant, *, mask=None, causal=False, kv_lengths=None, softcap=None):
+    rules = (mask, causal, kv_lengths, None, None, softcap, 1 / math.sqrt(q.shape[3]))
+    return torch.ops.fastshard.attention.default(q, k, v, *rules, variant)
+
+
+def check_variant(q, k, v, variant, *, softcap=None, **rules) -> None:
+    visible = visible_keys(q.shape[0], q.shape[1], k.shape[1], **rules).to(q.device)
+    scores = {"mask": rules.get("mask"), "softcap": softcap}
+    actual = raw_attention(q, k, v, variant, softcap=softcap, **rules)
+    golden = full_matrix(q.double(), k.double(), v.double(), visible, **scores)
+    assert_as_accurate(actual, golden, full_matrix(q, k, v, visible, **scores))
+
+
+TILES = ["few", "small", "prefill"]
+VARIANTS = [*TILES, "few/1", "few/3", "small/2", "prefill/5", "small/128"]
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("variant", [*VARIANTS, "decode", "decode/1", "decode/2", "decode/33"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_variants(head_dim, variant, device):
+    sizes = {"b": 2, "s_q": 5, "s_kv": 300, "num_kv_heads": 2, "group": 3, "head_dim": head_dim}
+    q, k, v = make_qkv(device, torch.float16, **sizes)
+    check_variant(q, k, v, variant, causal=True)
+    lengths = torch.tensor([300, 17], device=device)
+    check_variant(q, k, v, variant, causal=True, kv_lengths=lengths)
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("head_dim", [72, 256])
+def test_variants_of_many_rows(head_dim, variant, device):
+    sizes = {"s_q": 70, "s_kv": 130, "group": 2, "head_dim": head_dim}
+    check_variant(*make_qkv(device, torch.bfloat16, **sizes), variant, causal=True)
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_masks(variant, device):
+    q, k, v = make_qkv(device, torch.float16, s_q=40, s_kv=96, group=2)
+    for dtype in (torch.bool, torch.float32):
+        check_variant(q, k, v, variant, mask=make_mask(1, 40, 96, dtype, device))
+    check_variant(q, k, v, variant, softcap=3.0)
+
+
+@CUDA_ONLY
+def test_the_variant_of_the_library(device):
+    q, k, v = make_qkv(device, torch.float16, s_q=70, s_kv=70, num_kv_heads=2, group=2)
+    check_variant(q, k, v, "library", causal=True)
+    names = cuda_kernel_names(lambda: raw_attention(q, k, v, "library", causal=True))
+    assert not any("fastshard" in name for name in names)
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("variant", ["decode/2", *TILES])
+def test_runs_the_variant(variant, device):
+    configs = {"few": "<64, 1, 1, 4", "small": "<64, 4, 1, 1", "prefill": "<64, 4, 2, 1"}
+    q, k, v = make_qkv(device, torch.float16, s_q=4, s_kv=70)
+    names = cuda_kernel_names(lambda: raw_attention(q, k, v, variant))
+    (name,) = [name for name in names if "attention_kernel" in name]
+    assert configs.get(variant, "decode_attention_kernel") in name
+
+
+WRONG_VARIANTS = ["", "fast", "auto/2", "library/2", "small/", "small/0", "small/129", "small/2x"]
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("variant", WRONG_VARIANTS)
+def test_rejects_unknown_variants(variant, device):
+    q, k, v = make_qkv(device, torch.float16)
+    with pytest.raises(RuntimeError, match=rf"attention: variant must be .*, got {variant}"):
+        raw_attention(q, k, v, variant)
+
+
+@KERNELS_ONLY
+def test_rejects_variants_that_do_not_serve(device):
+    q, k, v = make_qkv(device, torch.float16, s_q=17, s_kv=20)
+    with pytest.raises(RuntimeError, match=r"variant decode takes .*, got head_dim 64 and 17"):
+        raw_attention(q, k, v, "decode")
+    q, k, v = make_qkv(device, torch.float16, head_dim=72)
+    with pytest.raises(RuntimeError, match=r"variant decode/2 takes .*, got head_dim 72 and 16"):
+        raw_attention(q, k, v, "decode/2")
+    for rules in ({"causal": True, "softcap": 1.0}, {"kv_lengths": torch.ones(1).int().to(device)}):
+        with pytest.raises(RuntimeError, match="variant library takes no mask, lengths"):
+            raw_attention(q, k, v, "library", **rules)
 
 
 @CUDA_ONLY

@@ -345,6 +345,34 @@ def test_opcheck(num_tokens, options, device):
     torch.library.opcheck(torch.ops.fastshard.linear.default, args)
 
 
+@KERNELS_ONLY
+@pytest.mark.parametrize(
+    ("variant", "num_tokens", "message"),
+    [
+        ("fast", 3, "variant must be auto, library or stream, got fast"),
+        ("stream", 17, "variant stream takes at most 16 rows and a contiguous weight, got 17 rows"),
+    ],
+)
+def test_rejects_variants(variant, num_tokens, message, device):
+    a = make(num_tokens, 24, 64, torch.float16, device)
+    with pytest.raises(RuntimeError, match=message):
+        raw_linear(a, variant)
+
+
+def raw_linear(a, variant):
+    args = (a["x"], a["weight"], a["bias"], a["norm_weight"], EPS, False, a["residual"])
+    return torch.ops.fastshard.linear.default(*args, variant)
+
+
+@CUDA_ONLY
+def test_runs_the_variant(device):
+    a = make(3, 24, 64, torch.float16, device, ())
+    assert torch.equal(raw_linear(a, "stream"), raw_linear(a, "auto"))
+    for variant, is_ours in (("stream", True), ("auto", True), ("library", False)):
+        names = cuda_kernel_names(lambda variant=variant: raw_linear(a, variant))
+        assert any("linear_kernel" in name for name in names) == is_ours
+
+
 @CUDA_ONLY
 @pytest.mark.parametrize("num_tokens", [1, 16, 17])
 def test_replays_in_a_graph(num_tokens, device):

@@ -165,6 +165,78 @@ def test_an_mlp_is_chosen_by_its_entry(variant, message, device):
         mlp_of(device, 65)
 
 
+def attention_of(device, *, b=1, s_q=5, s_kv=6, heads=2, kv_heads=1, head_dim=64, **rules):
+    q = torch.randn(b, s_q, heads, head_dim, device=device).half()
+    k, v = torch.randn(2, b, s_kv, kv_heads, head_dim, device=device).half()
+    return ops.attention(q, k, v, **rules)
+
+
+@pytest.mark.parametrize("device", ["emulator"], indirect=True)
+@pytest.mark.parametrize("op", ["attention", "cached_attention"])
+def test_attention_is_chosen_by_its_entry(op, device):
+    lengths = torch.tensor([4], device=device)
+    kept = {"kv_lengths": lengths} if op == "cached_attention" else {}
+    entry = Entry(op, "float16", (1, 7, 8, 2, 1, 64), "fast")
+    with runtime.variants(variants.table_lines([table(entry)])):
+        for s_q, s_kv in ((5, 5), (8, 8), (5, 8), (8, 5)):
+            with pytest.raises(RuntimeError, match=r"variant must be .*, got fast"):
+                attention_of(device, s_q=s_q, s_kv=s_kv, **kept)
+        # other buckets and sizes
+        for sizes in ({"b": 2}, {"s_q": 4}, {"s_q": 9}, {"s_kv": 4}, {"s_kv": 9}):
+            if kept:
+                kept = {"kv_lengths": torch.ones(sizes.get("b", 1)).int().to(device)}
+            attention_of(device, **sizes, **kept)
+        for sizes in ({"heads": 4}, {"heads": 2, "kv_heads": 2}, {"head_dim": 72}):
+            kept = {"kv_lengths": lengths} if kept else {}
+            attention_of(device, **sizes, **kept)
+        # other rules, and the other op
+        attention_of(device, softcap=1.0, **kept)
+        attention_of(device, first_key=lengths, **kept)
+        attention_of(device, causal=True, window=3, **kept)
+        mask = torch.ones(1, 5, 6, dtype=torch.bool, device=device)
+        attention_of(device, mask=mask, **kept)
+        attention_of(device, **({} if kept else {"kv_lengths": lengths}))
+
+
+@pytest.mark.parametrize("device", ["emulator"], indirect=True)
+def test_an_entry_that_does_not_serve_a_call_of_its_bucket_is_left_out(device):
+    entries = [
+        Entry("attention", "float16", (1, 8, 16, 2, 1, 64), "library"),
+        Entry("attention", "float16", (1, 32, 32, 2, 1, 64), "decode"),
+    ]
+    with runtime.variants(variants.table_lines([table(*entries)])):
+        attention_of(device, s_q=5, s_kv=9, causal=True)  # PyTorch aligns it top left
+        attention_of(device, s_q=17, s_kv=17)  # more rows than decode holds
+
+
+@pytest.mark.parametrize("device", ["emulator"], indirect=True)
+def test_a_linear_layer_is_chosen_by_its_entry(device):
+    x, weight = torch.randn(3, 64, device=device).half(), torch.randn(24, 64, device=device).half()
+    entry = Entry("linear", "float16", (4, 64, 24), "fast")
+    with runtime.variants(variants.table_lines([table(entry)])):
+        with pytest.raises(RuntimeError, match="variant must be auto, library or stream, got fast"):
+            ops.linear(x, weight)
+        ops.linear(x[:2], weight)
+        ops.linear(x, weight[:16])
+        ops.linear(x, weight, norm_weight=weight[0])  # a norm before it is another call
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("variant", ["decode/2", "few", "small", "prefill"])
+def test_an_entry_launches_its_attention(variant, device, tmp_path):
+    name = torch.cuda.get_device_name(device)
+    configs = {"few": "<64, 1, 1, 4", "small": "<64, 4, 1, 1", "prefill": "<64, 4, 2, 1"}
+    entry = Entry("attention", "float16", (1, 5, 6, 2, 1, 64), variant)
+    try:
+        write_table(tmp_path / "a.json", table(entry, device=name))
+        ops.use_tables([tmp_path])
+        names = cuda_kernel_names(lambda: attention_of(device))
+        (kernel,) = [name for name in names if "attention_kernel" in name]
+        assert configs.get(variant, "decode_attention_kernel") in kernel
+    finally:
+        ops.use_tables()
+
+
 @CUDA_ONLY
 def test_an_entry_chooses_the_products(device, tmp_path):
     name = torch.cuda.get_device_name(device)
