@@ -9,6 +9,7 @@
 // rows it would take 125 %.
 #pragma once
 #include "attention/finish.cuh"
+#include "attention/rotate.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
 #include "attention/visibility.cuh"
@@ -221,6 +222,10 @@ __global__ __launch_bounds__(Config::kThreads, Config::kMinBlocks) void attentio
   smem.rows.template fill<Config::kThreads>(p, bounds, work.first_row);
   ptx::cp_async_wait<0>();
   __syncthreads();
+  if (p.rope.table != nullptr) {
+    QueryRotation<Config>::rotate(smem.tiles.q, p, work.batch, work.first_row, num_rows);
+    __syncthreads();
+  }
 
   uint32_t q_fragments[kRowTiles][Config::kQueryInRegisters ? kHeadDim / 16 : 1][4];
   if constexpr (Config::kQueryInRegisters) {

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "rope/rope.h"
+
 namespace fastshard {
 
 constexpr int kAttentionMaxHeadDim = 256;
@@ -30,6 +32,15 @@ struct AttentionMask {
   AttentionMaskType type;
 };
 
+// RoPE of the queries; keys are rotated already.
+struct AttentionRope {
+  const float* table;    // [max_positions, rotary_dim / 2, 2] cosine and sine, 16-byte aligned; null: no rotation
+  RopeIndex positions;   // [batch, s_q]
+  int64_t max_positions;
+  int rotary_dim;        // above 0, at most head_dim; a multiple of 8, or of 16 where not interleaved
+  bool interleaved;      // as in RopeParams
+};
+
 // Which tiles of AttentionConfigs (launch_attention.cuh) a call gets.
 enum class AttentionTile { kAuto, kFew, kSmall, kPrefill };
 
@@ -43,6 +54,8 @@ struct AttentionParams {
   AttentionStrides q_strides, k_strides, v_strides;
   int batch, s_q, s_kv, num_kv_heads, group;
   int head_dim;  // a multiple of 8, at most kAttentionMaxHeadDim
+
+  AttentionRope rope;
 
   // Which keys a query sees, and how scores are made: see visibility.cuh.
   AttentionIndices kv_lengths;  // default s_kv

@@ -16,7 +16,8 @@ inline bool decode_attention_serves(const AttentionParams& p) {
     return std::max({s.batch, s.token, s.head}) / 8 <= UINT32_MAX && s.token * 2 <= INT32_MAX;
   };
   const bool has_strides = fits(p.q_strides) && fits(p.k_strides) && fits(p.v_strides);
-  return has_head_dim && fits_grid && has_strides && p.rows_per_head() <= 16 && !p.layer_norm;
+  const bool is_plain = !p.layer_norm && p.rope.table == nullptr;
+  return has_head_dim && fits_grid && has_strides && p.rows_per_head() <= 16 && is_plain;
 }
 
 // T: __half, __nv_bfloat16. One launch; tile, num_splits and the partials of `params` are not read.

@@ -81,7 +81,7 @@ struct AttentionLauncher {
     return function.template operator()<typename Configs::template Small<kAll>>();
   }
 
-  // A heuristic: the large tiles, where they fill half of the device or a mask takes registers that small ones have not.
+  // A heuristic: the large tiles, where they fill half of the device; and for masks, which only they have kernels for.
   static AttentionTile choose_tile(const AttentionParams& p, bool is_plain) {
     using Prefill = typename Configs::template Prefill<AttentionRules::kRanges>;
     if (p.rows_per_head() <= Configs::Few::kRows) return AttentionTile::kFew;

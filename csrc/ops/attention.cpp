@@ -12,6 +12,7 @@
 #include "common/device.h"
 #include "ops/call_op.h"
 #include "ops/check.h"
+#include "ops/rope.h"
 #include "ops/stable_box.h"
 #include "ops/variants.h"
 
@@ -29,6 +30,24 @@ struct Rules {
   std::optional<int64_t> window;
   std::optional<double> softcap;
   double softmax_scale;
+};
+
+// RoPE of the queries, by a table.
+struct Rope {
+  const OptionalTensor& table;
+  const OptionalTensor& positions;
+  bool interleaved;
+
+  // Whether the kernels do it: they turn whole 16-byte chunks.
+  bool is_fused(const Tensor& q) const {
+    const int rotary_dim = rope_table_of(*table, q).rotary_dim;
+    return rotary_dim > 0 && rotary_dim % (interleaved ? 8 : 16) == 0 && is_aligned16(*table);
+  }
+
+  AttentionRope params(const Tensor& q) const {
+    const RopeTable of = rope_table_of(*table, q);
+    return {of.data, rope_index_of(*positions, q), of.max_positions, of.rotary_dim, interleaved};
+  }
 };
 
 struct LayerNorm {
@@ -154,8 +173,9 @@ void launch(AttentionParams& params, bool by_decode, const Tensor& out) {
   attention<T>(params, current_stream(out));
 }
 
-Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const LayerNorm* layer_norm,
-           const Rules& rules, const std::string& asked) {
+Tensor run(const Tensor& q_given, const Tensor& k_in, const Tensor& v_in, const LayerNorm* layer_norm,
+           const Rules& rules, const Rope& rope, const std::string& asked) {
+  Tensor q_in = q_given;
   STD_TORCH_CHECK(q_in.dim() == 4 && k_in.dim() == 4 && shape_of(v_in) == shape_of(k_in) &&
                       k_in.size(0) == q_in.size(0) && k_in.size(3) == q_in.size(3),
                   "attention: q must be [b, s_q, num_qo_heads, head_dim], k and v [b, s_kv, num_kv_heads, head_dim]");
@@ -181,9 +201,17 @@ Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Lay
     variant = {};  // an entry for other calls of this bucket
   }
   const bool is_auto = variant.kernel == kAuto;
-  if (variant.kernel == kLibrary || (is_auto && layer_norm == nullptr && library_is_faster(q_in, k_in, rules))) {
-    return library_attention(q_in, k_in, v_in, rules);
+  const bool by_library =
+      variant.kernel == kLibrary || (is_auto && layer_norm == nullptr && library_is_faster(q_in, k_in, rules));
+  // Of few rows a kernel of its own costs no more than blocks that all turn the same.
+  const bool is_few = q_in.size(1) * (num_qo_heads / num_kv_heads) <= 16;
+  STD_TORCH_CHECK(rope.table.has_value() == rope.positions.has_value(),
+                  "attention: rope_table and rope_positions go together");
+  const bool is_fused = rope.table && !by_library && !is_few && rope.is_fused(q_in);
+  if (rope.table && !is_fused) {
+    q_in = call_op(FS_OP_NAME("apply_rope"), with_aligned_rows(q_in), *rope.table, *rope.positions, rope.interleaved);
   }
+  if (by_library) return library_attention(q_in, k_in, v_in, rules);
   Tensor out = torch::stable::new_empty(q_in, shape_of(q_in));  // contiguous, whatever q's strides
   if (out.numel() == 0) return out;
   const Tensor q = with_aligned_rows(q_in), k = with_aligned_rows(k_in), v = with_aligned_rows(v_in);
@@ -205,6 +233,7 @@ Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Lay
   checked_int("s_q * group", q.size(1) * params.group);
   params.head_dim = static_cast<int>(head_dim);
 
+  if (is_fused) params.rope = rope.params(q);
   params.mask = mask_of(rules.mask, q, mask);
   params.kv_lengths = indices_of("kv_lengths", rules.kv_lengths, q);
   params.first_key = indices_of("first_key", rules.first_key, q);
@@ -249,16 +278,21 @@ Tensor run(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Lay
 
 Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, bool causal,
                       const OptionalTensor& kv_lengths, const OptionalTensor& first_key, std::optional<int64_t> window,
-                      std::optional<double> softcap, double softmax_scale, const std::string& variant) {
-  return run(q, k, v, nullptr, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale}, variant);
+                      std::optional<double> softcap, double softmax_scale, const OptionalTensor& rope_table,
+                      const OptionalTensor& rope_positions, bool rope_interleaved, const std::string& variant) {
+  return run(q, k, v, nullptr, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale},
+             {rope_table, rope_positions, rope_interleaved}, variant);
 }
 
 Tensor attention_layer_norm_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& weight,
                                  const OptionalTensor& bias, double eps, const OptionalTensor& mask, bool causal,
                                  const OptionalTensor& kv_lengths, const OptionalTensor& first_key,
-                                 std::optional<int64_t> window, std::optional<double> softcap, double softmax_scale) {
+                                 std::optional<int64_t> window, std::optional<double> softcap, double softmax_scale,
+                                 const OptionalTensor& rope_table, const OptionalTensor& rope_positions,
+                                 bool rope_interleaved) {
   const LayerNorm layer_norm{weight, bias, eps};
-  return run(q, k, v, &layer_norm, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale}, "auto");
+  return run(q, k, v, &layer_norm, {mask, causal, kv_lengths, first_key, window, softcap, softmax_scale},
+             {rope_table, rope_positions, rope_interleaved}, "auto");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// torch boundary of csrc/gemv: few rows go to the weight-streaming kernels, others to torch's matmul; or as a table says.
+// torch boundary of csrc/gemv: few rows go to the weight-streaming kernels, others to torch's matmul; or by a table.
 #include "gemv/linear.h"
 
 #include "ops/check.h"

@@ -6,25 +6,31 @@
 
 #include "ops/check.h"
 #include "ops/dispatch.h"
+#include "ops/rope.h"
 #include "ops/stable_box.h"
-#include "rope/rope.h"
 
 namespace fastshard {
 
 #define FS_CHECK_HEADS(t) \
   STD_TORCH_CHECK((t).dim() == 4 && (t).stride(3) == 1, #t " must have 4 dimensions and unit last stride")
 
-RopeHeads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+RopeTable rope_table_of(const Tensor& table, const Tensor& x) {
+  STD_TORCH_CHECK(table.device() == x.device() && table.scalar_type() == ScalarType::Float && table.dim() == 3 &&
+                      table.size(2) == 2 && 2 * table.size(1) <= x.size(3) && table.is_contiguous(),
+                  "table must be a contiguous float32 [max_positions, at most head_dim / 2, 2] on the device of q");
+  return {static_cast<const float*>(table.const_data_ptr()), table.size(0), int(2 * table.size(1))};
+}
 
-RopeCache cache_of(const Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-// A [batch, seq_len] index of the tokens of x.
-RopeIndex index_of(const Tensor& index, const Tensor& x) {
+RopeIndex rope_index_of(const Tensor& index, const Tensor& x) {
   STD_TORCH_CHECK(index.device() == x.device() && index.scalar_type() == ScalarType::Long && index.dim() == 2 &&
                       index.size(0) == x.size(0) && index.size(1) == x.size(1),
                   "positions and slots must be int64 [", x.size(0), ", ", x.size(1), "] on the device of q");
   return {static_cast<const int64_t*>(index.const_data_ptr()), index.stride(0), index.stride(1)};
 }
+
+RopeHeads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+RopeCache cache_of(const Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 // Whether x can be read and written in 16-byte vectors along its last dimension.
 bool has_whole_vectors(const Tensor& x) {
@@ -49,13 +55,11 @@ RopeParams params_of(const Tensor& q, const Tensor& q_out, const Tensor* table, 
   params.interleaved = interleaved;
   params.whole_vectors = has_whole_vectors(q);
   if (table == nullptr) return params;
-  STD_TORCH_CHECK(table->device() == q.device() && table->scalar_type() == ScalarType::Float && table->dim() == 3 &&
-                      table->size(2) == 2 && 2 * table->size(1) <= q.size(3) && table->is_contiguous(),
-                  "table must be a contiguous float32 [max_positions, at most head_dim / 2, 2] on the device of q");
-  params.table = static_cast<const float*>(table->const_data_ptr());
-  params.positions = index_of(positions, q);
-  params.max_positions = table->size(0);
-  params.rotary_dim = int(2 * table->size(1));
+  const RopeTable checked = rope_table_of(*table, q);
+  params.table = checked.data;
+  params.positions = rope_index_of(positions, q);
+  params.max_positions = checked.max_positions;
+  params.rotary_dim = checked.rotary_dim;
   const int64_t run = interleaved ? params.rotary_dim : params.rotary_dim / 2;
   params.whole_vectors = params.whole_vectors && run * int64_t(q.element_size()) % 16 == 0 && is_aligned16(*table);
   return params;
@@ -102,7 +106,7 @@ Tensor rope_append_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const
   params.v = heads_of(v);
   params.k_cache = cache_of(k_cache);
   params.v_cache = cache_of(v_cache);
-  params.slots = index_of(slots, q);
+  params.slots = rope_index_of(slots, q);
   params.overflow = static_cast<int*>(overflow.mutable_data_ptr());
   params.max_seq_len = k_cache.size(2);
   STD_TORCH_CHECK(k.size(2) <= INT32_MAX, "at most 2^31 - 1 heads");

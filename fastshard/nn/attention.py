@@ -154,13 +154,11 @@ class MultiHeadAttention(PackedLinears):
         positions = None if input_pos is None else token_positions(input_pos, b, s)
         if not is_cached:
             if self.pos_embeddings is not None:
-                q = self.pos_embeddings(q, input_pos=positions)
                 k = self.pos_embeddings(k, input_pos=positions)
             causal = mask is None and self.is_causal
             window = self.window if causal else None
-            out = ops.attention(
-                q, k, v, mask=mask, causal=causal, first_key=first_key, window=window
-            )
+            rules = {"mask": mask, "first_key": first_key, "window": window}
+            out = ops.attention(q, k, v, causal=causal, **rules, **self._rope_of(q, positions))
             return self.output_proj(out.flatten(2))
 
         if y.shape[1] != s:
@@ -168,9 +166,14 @@ class MultiHeadAttention(PackedLinears):
         is_counting = step is None
         if is_counting:
             step = self.kv_cache.next_step(b, s)
-        q = self._append(q, k, v, step.slots if positions is None else positions, step)
+        positions = step.slots if positions is None else positions
+        if s == 1:
+            q, rope = self._append(q, k, v, positions, step), {}
+        else:  # of many queries attention itself rotates each
+            self._append(q[:, :, :0], k, v, positions, step)
+            rope = self._rope_of(q, positions)
         del k, v  # views of a product that takes more memory than any other tensor here
-        out = self._attend(q, step.kv_lengths, mask, first_key)
+        out = self._attend(q, step.kv_lengths, mask, first_key, rope)
         if is_counting:
             self.kv_cache.advance(b, s)
         return self.output_proj(out.flatten(2))
@@ -193,6 +196,20 @@ class MultiHeadAttention(PackedLinears):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
+    def _rope_of(self, q: Tensor, positions: Tensor | None) -> dict[str, Tensor | bool]:
+        """Keywords by which attention rotates q; without positions they count from 0."""
+        rope = self.pos_embeddings
+        table = None if rope is None else rope.table(q.device)
+        if table is None:  # as on meta
+            return {}
+        if positions is None:
+            positions = torch.arange(q.shape[1], device=q.device)
+        return {
+            "rope_table": table,
+            "rope_positions": positions,
+            "rope_interleaved": rope.interleaved,
+        }
+
     def _append(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, step: CacheStep):
         """Write k and v to the cache, rotated; return q, rotated."""
         rope = self.pos_embeddings
@@ -210,19 +227,21 @@ class MultiHeadAttention(PackedLinears):
         )
 
     def _attend(
-        self, q: Tensor, kv_lengths: Tensor | None, mask: Tensor | None, first_key: Tensor | None
+        self,
+        q: Tensor,
+        kv_lengths: Tensor | None,
+        mask: Tensor | None,
+        first_key: Tensor | None,
+        rope: dict[str, Tensor | bool],
     ) -> Tensor:
         """Attend to the cache, which holds q's own keys and values too, or nothing else."""
         caches = self.kv_cache.k_cache, self.kv_cache.v_cache
         window = self.window if mask is None else None
+        rules = {"mask": mask, "first_key": first_key, "window": window, **rope}
         if kv_lengths is not None:
-            return ops.cached_attention(
-                q, *caches, kv_lengths, mask=mask, first_key=first_key, window=window
-            )
+            return ops.cached_attention(q, *caches, kv_lengths, **rules)
         k, v = (cache[: q.shape[0], :, : q.shape[1]].transpose(1, 2) for cache in caches)
-        return ops.attention(
-            q, k, v, mask=mask, causal=mask is None, first_key=first_key, window=window
-        )
+        return ops.attention(q, k, v, causal=mask is None, **rules)
 
     def _attend_to_cache_only(
         self,

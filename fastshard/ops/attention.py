@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastshard.ops._checks import check_floating
 from fastshard.ops._library import COSTS, Cost, cost, define
+from fastshard.ops.rope import check_rope_table, per_token
 
 MAX_HEAD_DIM = 256
 REFERENCE_SCORES = 1 << 22
@@ -18,7 +19,8 @@ REFERENCE_SCORES = 1 << 22
 
 _RULES = (
     "Tensor? mask, bool causal, Tensor? kv_lengths, Tensor? first_key, int? window, "
-    "float? softcap, float softmax_scale"
+    "float? softcap, float softmax_scale, Tensor? rope_table, Tensor? rope_positions, "
+    "bool rope_interleaved"
 )
 define(f"attention(Tensor q, Tensor k, Tensor v, {_RULES}, str variant='auto') -> Tensor")
 define(
@@ -39,6 +41,9 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     softmax_scale: float | None = None,
+    rope_table: Tensor | None = None,
+    rope_positions: Tensor | None = None,
+    rope_interleaved: bool = False,
 ) -> Tensor:
     """Compute softmax(q k^T * softmax_scale) v over the keys that each query may attend to.
 
@@ -63,19 +68,27 @@ def attention(
         window: Attend to the last ``window`` keys only, the query's own included. Needs ``causal``.
         softcap: ``c``: scores become ``c * tanh(score / c)``, before the mask.
         softmax_scale: By default ``1 / sqrt(head_dim)``.
+        rope_table: As ``table`` of :func:`apply_rope`: queries are rotated first, in the kernel
+            where they are many, with the same result as by that function. Keys are not: they are
+            rotated where they are made.
+        rope_positions: ``[b, s_q]`` or ``[s_q]``, int64: rows of ``rope_table``. A query whose
+            position lies outside the table gives NaN.
+        rope_interleaved: As ``interleaved`` of :func:`apply_rope`.
 
     Returns:
         ``[b, s_q, num_qo_heads, head_dim]``, contiguous, dtype of ``q``.
 
     Raises:
-        ValueError: A shape, a device or a number breaks one of the rules above.
+        ValueError: A shape, a device or a number breaks one of the rules above, or only one of
+            ``rope_table`` and ``rope_positions`` is given.
         TypeError: A dtype does.
 
     Source: Dao 2023, FlashAttention-2, algorithm 1.
     """
     _check_qkv(q, k, v, "k", "v")
     rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
-    return torch.ops.fastshard.attention.default(q, k, v, *_checked(q, k, *rules))
+    rope = (rope_table, rope_positions, rope_interleaved)
+    return torch.ops.fastshard.attention.default(q, k, v, *_checked(q, k, *rules, *rope))
 
 
 def cached_attention(
@@ -89,6 +102,9 @@ def cached_attention(
     window: int | None = None,
     softcap: float | None = None,
     softmax_scale: float | None = None,
+    rope_table: Tensor | None = None,
+    rope_positions: Tensor | None = None,
+    rope_interleaved: bool = False,
 ) -> Tensor:
     """Attend from the newest ``s_q`` tokens to a cache that already holds their keys and values.
 
@@ -114,7 +130,8 @@ def cached_attention(
     k, v = (cache[: q.shape[0]].transpose(1, 2) for cache in (k_cache, v_cache))
     _check_qkv(q, k, v, "k_cache", "v_cache")
     rules = (mask, mask is None, kv_lengths, first_key, window, softcap, softmax_scale)
-    return torch.ops.fastshard.attention.default(q, k, v, *_checked(q, k, *rules))
+    rope = (rope_table, rope_positions, rope_interleaved)
+    return torch.ops.fastshard.attention.default(q, k, v, *_checked(q, k, *rules, *rope))
 
 
 def attention_layer_norm(
@@ -132,6 +149,9 @@ def attention_layer_norm(
     window: int | None = None,
     softcap: float | None = None,
     softmax_scale: float | None = None,
+    rope_table: Tensor | None = None,
+    rope_positions: Tensor | None = None,
+    rope_interleaved: bool = False,
 ) -> Tensor:
     """Attend, then normalise each head's output over head_dim, in one pass and rounded once.
 
@@ -159,8 +179,9 @@ def attention_layer_norm(
             raise TypeError(f"{name} must be {q.dtype}, got {vector.dtype}")
         _check_vector(name, vector, q.shape[-1], q)
     rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
+    rope = (rope_table, rope_positions, rope_interleaved)
     return torch.ops.fastshard.attention_layer_norm.default(
-        q, k, v, weight, bias, eps, *_checked(q, k, *rules)
+        q, k, v, weight, bias, eps, *_checked(q, k, *rules, *rope)
     )
 
 
@@ -216,6 +237,9 @@ def _checked(
     window: int | None,
     softcap: float | None,
     softmax_scale: float | None,
+    rope_table: Tensor | None,
+    rope_positions: Tensor | None,
+    rope_interleaved: bool,
 ) -> tuple:
     """The rules as the raw ops take them, or the error that names the one that does not hold."""
     b, s_q, _, head_dim = q.shape
@@ -248,7 +272,13 @@ def _checked(
             raise ValueError(f"{name} must be positive and finite, got {number}")
     if softmax_scale is None:
         softmax_scale = 1 / math.sqrt(head_dim)
-    return mask, causal, kv_lengths, first_key, window, softcap, softmax_scale
+    if (rope_table is None) != (rope_positions is None):
+        raise ValueError("rope_table and rope_positions must be given together")
+    if rope_table is not None:
+        check_rope_table("rope_table", rope_table, q)
+        rope_positions = per_token("rope_positions", rope_positions, q)
+    rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
+    return *rules, rope_table, rope_positions, rope_interleaved
 
 
 @torch.library.register_fake("fastshard::attention")
@@ -273,10 +303,14 @@ def _(
     window: int | None,
     softcap: float | None,
     softmax_scale: float,
+    rope_table: Tensor | None,
+    rope_positions: Tensor | None,
+    rope_interleaved: bool,
     variant: str = "auto",
 ) -> Tensor:
     rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
-    return _reference(q, k, v, *rules).to(q.dtype)
+    rope = (rope_table, rope_positions, rope_interleaved)
+    return _reference(q, k, v, *rules, *rope).to(q.dtype)
 
 
 @torch.library.impl("fastshard::attention_layer_norm", "cpu")
@@ -299,8 +333,13 @@ def _reference(
     window: int | None,
     softcap: float | None,
     softmax_scale: float,
+    rope_table: Tensor | None,
+    rope_positions: Tensor | None,
+    rope_interleaved: bool,
 ) -> Tensor:
     """Attention in float32, ``[b, s_q, num_qo_heads, head_dim]``, block by block of queries."""
+    if rope_table is not None:
+        q = torch.ops.fastshard.apply_rope.default(q, rope_table, rope_positions, rope_interleaved)
     b, s_q, num_qo_heads = q.shape[:3]
     s_kv, num_kv_heads = k.shape[1:3]
     out = q.new_zeros(q.shape, dtype=torch.float32)
@@ -353,7 +392,20 @@ def _reference(
 
 @cost("attention")
 def _(
-    q, k, v, mask, causal, kv_lengths, first_key, window, softcap, softmax_scale, variant="auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    kv_lengths: Tensor | None,
+    first_key: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    rope_table: Tensor | None = None,
+    rope_positions: Tensor | None = None,
+    rope_interleaved: bool = False,
+    variant: str = "auto",
 ) -> Cost:
     s_q, s_kv = q.shape[1], k.shape[1]
     pairs = s_q * s_kv
@@ -363,7 +415,11 @@ def _(
     size = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
     if mask is not None:
         size += mask.numel() * mask.element_size()
-    return Cost(bytes=size, flops=4 * q.shape[0] * q.shape[2] * q.shape[3] * pairs)
+    flops = 4 * q.shape[0] * q.shape[2] * q.shape[3] * pairs
+    if rope_table is not None:
+        size += rope_positions.numel() * (8 + rope_table.shape[1] * 8)
+        flops += q.shape[0] * s_q * q.shape[2] * rope_table.shape[1] * 6
+    return Cost(bytes=size, flops=flops)
 
 
 @cost("attention_layer_norm")

@@ -40,8 +40,8 @@ def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool
     Source: Su et al. 2021 (RoFormer), eq. 34.
     """
     _check_heads("x", x)
-    _check_table(table, x)
-    positions = _per_token("positions", positions, x)
+    check_rope_table("table", table, x)
+    positions = per_token("positions", positions, x)
     return torch.ops.fastshard.apply_rope.default(x, table, positions, interleaved)
 
 
@@ -95,7 +95,7 @@ def rope_append(
         check_like(name, tensor, q)
         check_shape(name, tensor, (b, s, k.shape[2], head_dim))
     if table is not None:
-        _check_table(table, q)
+        check_rope_table("table", table, q)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_like(name, cache, q)
         if cache.dim() != 4 or cache.stride(3) != 1:
@@ -108,8 +108,8 @@ def rope_append(
                 f"{name} must hold at least the {b} rows of q's batch, got {cache.shape[0]}"
             )
         check_shape(name, cache, (k_cache.shape[0], k.shape[2], k_cache.shape[2], head_dim))
-    positions = _per_token("positions", positions, q)
-    slots = _per_token("slots", slots, q)
+    positions = per_token("positions", positions, q)
+    slots = per_token("slots", slots, q)
     check_dtype("overflow", overflow, torch.int32)
     check_device("overflow", overflow, q.device)
     check_shape("overflow", overflow, (1,))
@@ -127,22 +127,23 @@ def _check_heads(name: str, x: Tensor) -> None:
         )
 
 
-def _check_table(table: Tensor, x: Tensor) -> None:
-    check_dtype("table", table, torch.float32)
-    check_device("table", table, x.device)
+def check_rope_table(name: str, table: Tensor, x: Tensor) -> None:
+    """Raise unless ``table`` rotates heads of ``x``, ``[..., head_dim]``."""
+    check_dtype(name, table, torch.float32)
+    check_device(name, table, x.device)
     if table.dim() != 3 or table.shape[2] != 2 or not table.is_contiguous():
         raise ValueError(
-            "table must be a contiguous [max_positions, rotary_dim // 2, 2], "
+            f"{name} must be a contiguous [max_positions, rotary_dim // 2, 2], "
             f"got shape {list(table.shape)} and strides {list(table.stride())}"
         )
     if 2 * table.shape[1] > x.shape[3]:
         raise ValueError(
-            f"table must rotate at most head_dim = {x.shape[3]} elements, "
+            f"{name} must rotate at most head_dim = {x.shape[3]} elements, "
             f"got rotary_dim {2 * table.shape[1]}"
         )
 
 
-def _per_token(name: str, index: Tensor, x: Tensor) -> Tensor:
+def per_token(name: str, index: Tensor, x: Tensor) -> Tensor:
     """A ``[b, s]`` view of an index tensor that may be ``[s]``."""
     check_dtype(name, index, torch.int64)
     check_device(name, index, x.device)

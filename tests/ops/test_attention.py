@@ -18,6 +18,7 @@ from helpers import (
 
 DTYPES = [torch.float16, torch.bfloat16]
 NAN = float("nan")
+NO_ROPE = (None, None, False)  # of the raw ops
 large = pytest.mark.large
 
 
@@ -411,6 +412,102 @@ def test_long_prefill(head_dim, device):
     check(q, k, v, causal=True)
 
 
+def make_table(max_positions, num_pairs, device) -> Tensor:
+    """Angles of random frequencies, none of them special."""
+    angles = torch.outer(torch.arange(max_positions), torch.rand(num_pairs) + 0.1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device)
+
+
+def check_rope(q, k, v, num_pairs, positions, *, interleaved, layer_norm=False, **rules) -> None:
+    """Attention that rotates is attention after apply_rope, bit by bit."""
+    table = make_table(64, num_pairs, q.device)
+    rotated = ops.apply_rope(q, table, positions, interleaved=interleaved)
+    function = ops.attention_layer_norm if layer_norm else ops.attention
+    rope = {"rope_table": table, "rope_positions": positions, "rope_interleaved": interleaved}
+    actual, expected = function(q, k, v, **rules, **rope), function(rotated, k, v, **rules)
+    assert not torch.equal(expected, function(q, k, v, **rules))
+    assert torch.equal(actual, expected)
+
+
+# Rotated elements: all, a part, and parts that are no whole vectors or none of their halves.
+ROPE = [(64, 32), (64, 24), (64, 8), (64, 4), (64, 12), (64, 3), (96, 48), (128, 64), (128, 56)]
+ROPE += [(256, 128), (256, 72), (72, 32), (8, 4), (104, 52), (248, 120)]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "num_pairs"), ROPE)
+@pytest.mark.parametrize("s_q", [1, 5, 37])
+def test_rope(s_q, head_dim, num_pairs, interleaved, device):
+    sizes = {"b": 2, "s_q": s_q, "s_kv": 50, "num_kv_heads": 2, "group": 3, "head_dim": head_dim}
+    q, k, v = make_qkv(device, torch.float16, **sizes)
+    positions = torch.randint(64, (2, s_q), device=device)
+    positions[0, 0] = 63
+    check_rope(q, k, v, num_pairs, positions, interleaved=interleaved, causal=True)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_rope_beside_other_rules(group, interleaved, device):
+    sizes = {"b": 2, "s_q": 33, "s_kv": 80, "num_kv_heads": 2, "group": group, "head_dim": 128}
+    q, k, v = make_qkv(device, torch.bfloat16, **sizes)
+    positions = torch.arange(20, 53, device=device)  # one row for both
+    rule = {"interleaved": interleaved}
+    lengths = torch.tensor([80, 41], device=device)
+    check_rope(q, k, v, 64, positions, **rule, layer_norm=True)
+    check_rope(q, k, v, 64, positions, **rule, causal=True, kv_lengths=lengths, window=9)
+    mask = make_mask(2, 33, 80, torch.bool, device)
+    check_rope(q, k, v, 64, positions, **rule, mask=mask, softcap=5.0)
+    strided = q.transpose(1, 2).contiguous().transpose(1, 2)
+    check_rope(strided, k, v, 64, positions, **rule, mask=mask.float())
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("s_q", [2, 40])
+def test_rope_outside_of_the_table_gives_nan(s_q, interleaved, device):
+    q, k, v = make_qkv(device, torch.float16, s_q=s_q, s_kv=40, group=2)
+    table = make_table(64, 32, device)
+    positions = torch.arange(s_q, device=device)
+    positions[0], positions[-1] = -1, 64
+    rope = {"rope_table": table, "rope_positions": positions, "rope_interleaved": interleaved}
+    out = ops.attention(q, k, v, **rope)
+    assert out[:, [0, -1]].isnan().all()
+    assert out[:, 1:-1].isfinite().all()
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize("num_pairs", [32, 12])
+def test_rope_in_the_kernel(num_pairs, device):
+    q, k, v = make_qkv(device, torch.float16, s_q=70, s_kv=70)
+    table, positions = make_table(70, num_pairs, device), torch.arange(70, device=device)
+    rope = {"rope_table": table, "rope_positions": positions}
+    names = cuda_kernel_names(lambda: ops.attention(q, k, v, **rope))
+    assert any("rope_kernel" in name for name in names) == (num_pairs == 12)  # no whole vectors
+
+
+def test_rejects_wrong_rope(device):
+    q, k, v = make_qkv(device, torch.float16, s_q=3)
+    table, positions = make_table(8, 32, device), torch.arange(3, device=device)
+    for wrong in ({"rope_table": table}, {"rope_positions": positions}):
+        with pytest.raises(
+            ValueError, match="rope_table and rope_positions must be given together"
+        ):
+            ops.attention(q, k, v, **wrong)
+    for wrong, error, message in (
+        ((table[:, :, :1], positions), ValueError, r"rope_table must be a contiguous"),
+        ((make_table(8, 33, device), positions), ValueError, "rope_table must rotate at most"),
+        ((table.double(), positions), TypeError, "rope_table must be torch.float32"),
+        ((table, positions[:2]), ValueError, r"rope_positions must have shape \[1, 3\] or \[3\]"),
+        ((table, positions.int()), TypeError, "rope_positions must be torch.int64"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.attention(q, k, v, rope_table=wrong[0], rope_positions=wrong[1])
+    cache = k.transpose(1, 2).contiguous()
+    with pytest.raises(ValueError, match="must be given together"):
+        ops.cached_attention(q, cache, cache, torch.ones(1, device=device).int(), rope_table=table)
+    with pytest.raises(ValueError, match="must be given together"):
+        ops.attention_layer_norm(q, k, v, rope_table=table)
+
+
 @pytest.mark.parametrize("s_q", [4, 40])
 def test_nan_stays_in_its_row(s_q, device):
     """Rows share tiles, not results: a NaN in one query must show there, and nowhere else."""
@@ -615,9 +712,14 @@ def test_opcheck(device):
     weight, bias = torch.randn(2, 64, device=device).half()
     attention = torch.ops.fastshard.attention.default
     layer_norm = torch.ops.fastshard.attention_layer_norm.default
-    torch.library.opcheck(attention, (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, *rules))
-    torch.library.opcheck(attention, (q, k, v, mask, False, None, None, None, None, 0.125))
-    torch.library.opcheck(layer_norm, (q, k, v, weight, bias, 1e-5, *rules))
+    rope = (make_table(20, 32, device), lengths[:, None].expand(2, 3) - 7, True)
+    torch.library.opcheck(
+        attention, (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, *rules, *NO_ROPE)
+    )
+    torch.library.opcheck(attention, (q, k, v, mask, *([False] + 4 * [None]), 0.125, *NO_ROPE))
+    torch.library.opcheck(attention, (q, k, v, *rules, *rope))
+    torch.library.opcheck(layer_norm, (q, k, v, weight, bias, 1e-5, *rules, *NO_ROPE))
+    torch.library.opcheck(layer_norm, (q, k, v, weight, bias, 1e-5, *rules, *rope))
 
 
 # Prefill, decode in one block a row, and decode with split keys.
@@ -697,7 +799,7 @@ def test_runs_our_kernels(shape, device):
 
 def raw_attention(q, k, v, variant, *, mask=None, causal=False, kv_lengths=None, softcap=None):
     rules = (mask, causal, kv_lengths, None, None, softcap, 1 / math.sqrt(q.shape[3]))
-    return torch.ops.fastshard.attention.default(q, k, v, *rules, variant)
+    return torch.ops.fastshard.attention.default(q, k, v, *rules, *NO_ROPE, variant)
 
 
 def check_variant(q, k, v, variant, *, softcap=None, **rules) -> None:
@@ -816,3 +918,6 @@ def test_cost():
         rules = (None, name != "full", None, None, 2 if name == "window" else None, None, 1.0)
         expected = ops.Cost(bytes=2 * (2 * 128 + 2 * 64), flops=4 * 2 * 2 * 8 * count)
         assert ops.COSTS["attention"](q, k, v, *rules) == expected
+    rope = (torch.empty(9, 4, 2), torch.empty(2, 4, dtype=torch.int64), False)
+    expected = ops.Cost(expected.bytes + 8 * (8 + 32), expected.flops + 8 * 2 * 4 * 6)
+    assert ops.COSTS["attention"](q, k, v, *rules, *rope) == expected
