@@ -203,8 +203,9 @@ Tensor run(const Tensor& q_given, const Tensor& k_in, const Tensor& v_in, const 
   const bool is_auto = variant.kernel == kAuto;
   const bool by_library =
       variant.kernel == kLibrary || (is_auto && layer_norm == nullptr && library_is_faster(q_in, k_in, rules));
-  // Of few rows a kernel of its own costs no more than blocks that all turn the same.
-  const bool is_few = q_in.size(1) * (num_qo_heads / num_kv_heads) <= 16;
+  // Of few rows a kernel of its own costs no more than blocks that all turn the same. ROTATING_ROWS in
+  // fastshard/ops/attention.py.
+  const bool is_few = q_in.size(1) * (num_qo_heads / num_kv_heads) < 17;
   STD_TORCH_CHECK(rope.table.has_value() == rope.positions.has_value(),
                   "attention: rope_table and rope_positions go together");
   const bool is_fused = rope.table && !by_library && !is_few && rope.is_fused(q_in);

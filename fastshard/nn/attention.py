@@ -7,6 +7,7 @@ from fastshard import ops
 from fastshard.nn.kv_cache import CacheStep, KVCache
 from fastshard.nn.linear import Linear, PackedLinears, random_weight
 from fastshard.nn.rope import RotaryEmbedding, token_positions
+from fastshard.ops.attention import ROTATING_ROWS
 
 
 class MultiHeadAttention(PackedLinears):
@@ -167,9 +168,9 @@ class MultiHeadAttention(PackedLinears):
         if is_counting:
             step = self.kv_cache.next_step(b, s)
         positions = step.slots if positions is None else positions
-        if s == 1:
+        if s * self.num_heads // self.num_kv_heads < ROTATING_ROWS:
             q, rope = self._append(q, k, v, positions, step), {}
-        else:  # of many queries attention itself rotates each
+        else:
             self._append(q[:, :, :0], k, v, positions, step)
             rope = self._rope_of(q, positions)
         del k, v  # views of a product that takes more memory than any other tensor here

@@ -14,6 +14,8 @@ from fastshard.ops._library import COSTS, Cost, cost, define
 from fastshard.ops.rope import check_rope_table, per_token
 
 MAX_HEAD_DIM = 256
+ROTATING_ROWS = 17
+"""Query rows for each key/value head from which on the kernel itself rotates queries."""
 REFERENCE_SCORES = 1 << 22
 """Scores that the CPU reference holds at a time: it walks over blocks of queries."""
 
