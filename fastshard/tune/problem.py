@@ -17,7 +17,10 @@ SIZES = {
     "attention": ("batch", "s_q", "s_kv", "num_qo_heads", "num_kv_heads", "head_dim"),
     "cached_attention": ("batch", "s_q", "s_kv", "num_qo_heads", "num_kv_heads", "head_dim"),
 }
-"""Every op that has variants, with the names of its sizes as in ``variants.Entry``."""
+"""Every op that has variants, with the names of its sizes as in ``variants.Entry``.
+
+``attention`` is causal, of a whole prompt; ``cached_attention`` is over a cache of s_kv slots.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Measurement:
         p20: 20th percentile, None like ``us``.
         p80: 80th percentile, None like ``us``.
         auto_us: Microseconds of ``AUTO`` in the same rounds, None like ``us``.
-        error: Relative error against float64; None where nothing came out.
+        limit_us: What the device takes at least for the bytes and FLOPs, None like ``us``.
+        error: Largest relative error against float64; None where nothing came out.
         reason: Why the variant may not be chosen; None where it may.
         seconds: What measuring it took.
     """
@@ -60,6 +64,7 @@ class Measurement:
     p20: float | None
     p80: float | None
     auto_us: float | None
+    limit_us: float | None
     error: float | None
     reason: str | None
     seconds: float
@@ -70,6 +75,11 @@ class Measurement:
         return float("inf") if self.us is None else self.us / self.auto_us
 
 
+def rejected(reason: str, seconds: float, error: float | None = None) -> Measurement:
+    """A measurement of a variant that may not be chosen."""
+    return Measurement(None, None, None, None, None, error, reason, seconds)
+
+
 class Measurer(Protocol):
     """Measures variants, or plays back what was measured."""
 
@@ -78,3 +88,6 @@ class Measurer(Protocol):
 
     def __call__(self, problem: Problem, variants: Sequence[str]) -> list[Measurement]:
         """One measurement for each of ``variants``, interleaved with ``AUTO``."""
+
+    def confirm(self, problem: Problem, variant: str) -> Measurement:
+        """Measure once more, with other inputs and in a fresh process."""

@@ -1,0 +1,152 @@
+"""What a variant costs on paper: microseconds by bytes, FLOPs, and how it fills the device.
+
+Good enough to leave out what cannot win, and to order what might; it decides nothing that can be
+measured. Times of kernels are sums of a launch, what memory or tensor cores take at the share of the
+device that is busy, and of the last wave, which may be nearly empty.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from fastshard.tune import space
+from fastshard.tune.problem import AUTO, Problem
+
+PRUNE = 3.0
+"""Modelled above so many times the best one, a variant is not measured."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A device on paper.
+
+    Attributes:
+        gbps: Bandwidth of its memory.
+        tflops: Dense 16-bit products with float32 sums by ``mma.sync``.
+        library_tflops: The same by PyTorch's products.
+        multiprocessors: How many.
+        threads: Resident on a multiprocessor.
+        launch_us: Of a kernel in a graph.
+        latency_us: From a load of global memory to its value.
+    """
+
+    gbps: float
+    tflops: float
+    library_tflops: float
+    multiprocessors: int
+    threads: int
+    launch_us: float = 1.5
+    latency_us: float = 0.7
+
+
+# NVIDIA's data sheets: A10, 24 GB (compute capability 8.6), 125 TFLOP/s; H200 SXM, 989 TFLOP/s, of
+# which mma.sync reaches 621 (docs/prefill.md).
+A10 = Figures(600, 125, 125, 72, 1536)
+H200 = Figures(4800, 621, 989, 132, 2048)
+FIGURES = {"8.6": A10, "9.0": H200}
+
+
+def figures_of(capability: tuple[int, int]) -> Figures:
+    """Of the device, or of the nearest one that is known."""
+    return H200 if capability >= (9, 0) else A10
+
+
+def modelled_us(problem: Problem, variant: str, device: Figures) -> float | None:
+    """Microseconds of a legal variant; None for ``AUTO``, which is never left out."""
+    if variant == AUTO:
+        return None
+    return _MODELS[problem.op](problem.sizes(), variant, device)
+
+
+def pruned(problem: Problem, variants: list[str], device: Figures) -> dict[str, str]:
+    """Those that are not worth measuring, and why."""
+    times = {name: modelled_us(problem, name, device) for name in variants if name != AUTO}
+    best = min(times.values(), default=0.0)
+    return {
+        name: f"{us:.1f} us on paper, the best one {best:.1f}"
+        for name, us in times.items()
+        if us > PRUNE * best
+    }
+
+
+def _busy_us(num_bytes: float, flops: float, device: Figures, share: float = 1.0) -> float:
+    memory = num_bytes / min(1.0, 2 * share) / device.gbps / 1e3  # half of them can fill the bus
+    return max(memory, flops / share / device.tflops / 1e6)
+
+
+def _norm(sizes: dict[str, int], variant: str, device: Figures) -> float:
+    threads, vecs = map(int, variant.split("x"))
+    rows, row_bytes = sizes["rows"], sizes["hidden_size"] * 2
+    rows_of_block = max(1, 128 // threads)
+    resident = device.multiprocessors * (device.threads // max(threads, 128)) * rows_of_block
+    at_once = min(rows, resident)
+    # By Little's law: bytes on their way over the latency; a row takes two and its reductions.
+    in_flight = at_once * row_bytes * 2
+    rate = min(device.gbps * 1e3, in_flight / device.latency_us)  # bytes a microsecond
+    row_us = 2 * device.latency_us + 0.02 * threads / 32 + 0.02 * vecs
+    return device.launch_us + row_us + 2 * rows * row_bytes / rate
+
+
+def _product_us(rows: int, columns: int, depth: int, tile: str, device: Figures) -> float:
+    tile_rows, tile_columns = map(int, tile.split("x"))
+    tiles = ceil(rows / tile_rows) * ceil(columns / tile_columns)
+    waves = ceil(tiles / device.multiprocessors)
+    of_wave = 2 * tile_rows * tile_columns * depth * device.multiprocessors
+    num_bytes = 2 * (rows * depth + columns * depth + rows * columns)
+    return device.launch_us + _busy_us(num_bytes, waves * of_wave / 0.8, device)
+
+
+def _fused_mlp(sizes: dict[str, int], variant: str, device: Figures) -> float:
+    rows, hidden, intermediate = sizes.values()
+    if variant == "library":
+        flops = 6 * rows * hidden * intermediate
+        num_bytes = 6 * hidden * intermediate + 10 * rows * intermediate
+        share = device.library_tflops / device.tflops
+        return 3 * device.launch_us + _busy_us(num_bytes, flops / share / 0.8, device)
+    names = space.TILES if variant == "tiles" else (variant.removeprefix("tiles_"),)
+    return min(
+        _product_us(rows, 2 * intermediate, hidden, name, device)
+        + _product_us(rows, hidden, intermediate, name, device)
+        for name in names
+    )
+
+
+def _linear(sizes: dict[str, int], variant: str, device: Figures) -> float:
+    rows, depth, columns = sizes.values()
+    return device.launch_us + _busy_us(2 * depth * columns, 2 * rows * depth * columns, device)
+
+
+def _attention(sizes: dict[str, int], variant: str, device: Figures) -> float:
+    batch, s_q, s_kv, heads, kv_heads, head_dim = sizes.values()
+    kernel, _, asked = variant.partition("/")
+    rows = s_q * heads // kv_heads
+    pairs = s_q * s_kv - s_q * (s_q - 1) / 2  # causal, the queries at the end
+    flops = 4 * batch * heads * head_dim * pairs
+    kv_bytes = 4 * batch * kv_heads * s_kv * head_dim
+    if kernel == "library":
+        share = device.library_tflops / device.tflops
+        return device.launch_us + _busy_us(kv_bytes, flops / share / 0.6, device)
+    # Rows of a block, blocks of a multiprocessor, share of the products that are of real rows.
+    of_block, resident = {"decode": (16, 2), "few": (16, 3), "small": (64, 2), "prefill": (128, 2)}[
+        kernel
+    ]
+    blocks = batch * kv_heads * ceil(rows / of_block)
+    capacity = device.multiprocessors * resident
+    splits = int(asked or max(1, min(capacity // blocks, s_kv // 256)))
+    waves = ceil(blocks * splits / capacity)
+    share = blocks * splits / (waves * capacity)
+    wasted = ceil(rows / of_block) * of_block / rows
+    efficiency = {"decode": 0.2, "few": 0.2, "small": 0.4, "prefill": 0.6}[kernel]
+    read = kv_bytes * ceil(rows / of_block) / 4 if rows > of_block else kv_bytes  # L2 serves most
+    us = device.launch_us + _busy_us(read, flops * wasted / efficiency, device, share)
+    if splits > 1:
+        partial_bytes = 8 * batch * heads * s_q * head_dim * splits
+        us += device.launch_us * (kernel != "decode") + _busy_us(partial_bytes, 0, device)
+    return us + device.latency_us * 2
+
+
+_MODELS = {
+    **dict.fromkeys(space.NORMS, _norm),
+    "fused_mlp": _fused_mlp,
+    "linear": _linear,
+    **dict.fromkeys(space.ATTENTIONS, _attention),
+}
