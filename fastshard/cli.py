@@ -1,4 +1,4 @@
-"""The command line: ``fastshard generate``, ``bench``, ``bench compare``, ``bench plot``,
+"""The command line: ``fastshard generate``, ``bench``, ``bench compare``, ``bench plot``, ``tune``,
 ``profile`` and ``info``.
 
 Of ``generate`` only the text goes to stdout; progress, figures and errors go to stderr. Exit
@@ -27,6 +27,7 @@ _BENCH_COMMANDS = ("bench compare", "bench plot")
 _PLOT = "as PNG or SVG by its name (needs matplotlib: the extra bench)"
 _DECODE_MODES = ("persistent", "graph", "eager")
 _SORTS = ("time", "name")
+_STRATEGIES = ("evolve", "random", "all")
 _PEERS = ("eager", "compile", "autotune", "sdpa", "torchtune")
 
 
@@ -99,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_bench_compare(commands)
     _add_bench_plot(commands)
+    _add_tune(commands)
     _add_profile(commands)
     info = commands.add_parser("info", help="what is installed, compiled and visible")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -201,6 +203,63 @@ def _add_bench_compare(commands) -> None:
     compare.set_defaults(run=run_bench_compare)
     compare.add_argument("a", metavar="A.json", help="the result to compare with")
     compare.add_argument("b", metavar="B.json", help="the result that is compared")
+
+
+def _add_tune(commands) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="find the fastest variant of each kernel on this GPU",
+        description="Search the compiled variants of the kernels at the shapes of a model, and "
+        "write a table by which they are chosen from then on. Needs Optuna: the extra tune.",
+    )
+    tune.set_defaults(run=run_tune)
+    add = tune.add_argument
+    add("--model", metavar="PRESET|DIR", default="llama-3.1-8b", help="default: %(default)s")
+    add("--op", metavar="OP", nargs="+", help="like rms_norm attention (default: all)")
+    add("--dtype", choices=_DTYPES[1:], default="bfloat16", help="default: bfloat16")
+    add("--budget", metavar="T", type=_seconds, default=120.0, help="like 90s or 5m (default: 2m)")
+    add("--seed", metavar="N", type=_whole, default=0, help="default: 0")
+    add("--strategy", choices=_STRATEGIES, default="evolve", help="default: evolve")
+    add("--study", metavar="FILE", help="measurements: kept, and not made again")
+    add("--replay", action="store_true", help="measure nothing, search what --study holds")
+    add("--output", metavar="FILE", help="the table (default: that of this user and GPU)")
+    add("--plot", metavar="FILE", help=f"draw the gain over time, {_PLOT}")
+    add(
+        "--on-paper",
+        metavar="CAPABILITY",
+        help="measure nothing, write to --output what a cost model chooses for, say, 8.6",
+    )
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastshard.tune import command
+
+    def path(name: str | None) -> Path | None:
+        return name and Path(name)
+
+    if args.on_paper is not None:
+        if args.output is None:
+            raise ValueError("--on-paper needs --output")
+        table = command.write_model_table(args.on_paper, Path(args.output))
+        print(f"{len(table.entries)} entries written to {args.output}")
+        return 0
+    with _Progress(f"tuning {args.model}") as progress:
+        return command.run(
+            model_name=args.model,
+            ops=args.op,
+            dtype=args.dtype,
+            budget=args.budget,
+            seed=args.seed,
+            strategy=args.strategy,
+            study_path=path(args.study),
+            replays=args.replay,
+            output=path(args.output),
+            plot_path=path(args.plot),
+            say=lambda line: print(line, flush=True),
+            advance=lambda share: progress.update(round(1000 * share), 1000),
+        )
 
 
 def _add_profile(commands) -> None:
@@ -326,7 +385,8 @@ def run_generate(args: argparse.Namespace) -> int:
     if checkpoint.tokenizer is None:
         raise ValueError(f"{checkpoint.name}: tokenizer.json is missing")
     layers = args.layers or even_split(checkpoint.config.num_layers, args.shards or 1)
-    with _Progress(checkpoint.name if args.model else "demo model") as progress:
+    name = checkpoint.name if args.model else "demo model"
+    with _Progress(f"loading {name}") as progress:
         chain = load_chain(
             checkpoint,
             layers,
@@ -371,9 +431,9 @@ def _figures(stream, decode_bytes: int) -> str:
 
 
 class _Progress:
-    """A bar on stderr while weights are copied; a terminal shows it, a file does not."""
+    """A bar on stderr while something takes its time; a terminal shows it, a file does not."""
 
-    def __init__(self, name: str):
+    def __init__(self, what: str):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
@@ -386,7 +446,7 @@ class _Progress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(f"loading {name}", total=None)
+        self._task = self._progress.add_task(what, total=None)
 
     def __enter__(self) -> "_Progress":
         self._progress.start()
@@ -436,6 +496,12 @@ def _number(text: str) -> float:
     if not 0 <= value < math.inf:
         raise ValueError
     return value
+
+
+@_argument("a time like 90s or 5m")
+def _seconds(text: str) -> float:
+    unit = {"s": 1, "m": 60}.get(text[-1:])
+    return _number(text if unit is None else text[:-1]) * (unit or 1)
 
 
 @_argument(f"one of {', '.join(_BENCHMARKS)}, all")

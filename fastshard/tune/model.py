@@ -1,8 +1,8 @@
 """What a variant costs on paper: microseconds by bytes, FLOPs, and how it fills the device.
 
 Good enough to leave out what cannot win, and to order what might; it decides nothing that can be
-measured. Times of kernels are sums of a launch, what memory or tensor cores take at the share of the
-device that is busy, and of the last wave, which may be nearly empty.
+measured. Times of kernels are sums of a launch, what memory or tensor cores take at the share of
+the device that is busy, and of the last wave, which may be nearly empty.
 """
 
 from dataclasses import dataclass
@@ -150,3 +150,22 @@ _MODELS = {
     "linear": _linear,
     **dict.fromkeys(space.ATTENTIONS, _attention),
 }
+
+
+def better_norm(problem: Problem, device: Figures, gain: float = 0.02) -> str | None:
+    """A norm's variant that is clearly better than the heuristic's on paper; None for other ops.
+
+    The heuristic takes the first of the menu that holds a row (csrc/norm/row.cuh).
+    """
+    if problem.op not in space.NORMS:
+        return None
+    row_bytes = problem.sizes()["hidden_size"] * 2
+    held = {
+        name: 16 * int(name.split("x")[0]) * int(name.split("x")[1]) for name in space.ROW_CONFIGS
+    }
+    heuristic = next((name for name in space.ROW_CONFIGS if held[name] >= row_bytes), None)
+    if heuristic is None:
+        return None
+    times = {name: modelled_us(problem, name, device) for name in space.legal_variants(problem)}
+    best = min(times, key=times.get)
+    return best if times[best] < (1 - gain) * modelled_us(problem, heuristic, device) else None

@@ -14,7 +14,7 @@ import torch
 
 from fastshard.bench.limits import Limits
 from fastshard.bench.timing import GraphRun, Stopwatch, cold_sets, relative_error
-from fastshard.ops.variants import COUNTS, key_shape
+from fastshard.ops.variants import COUNTS, key_shape, use_tables
 from fastshard.tune import inputs
 from fastshard.tune.problem import AUTO, Problem
 
@@ -31,6 +31,7 @@ def observe(request: Message) -> Iterator[Message]:
         or ``{variant, failure}``; then ``{timings: {variant: [us, p20, p80]}, limit_us}``, in which
         ``AUTO`` is too. A pair of ``errors`` is ours and eager PyTorch's.
     """
+    use_tables([])  # AUTO is what the heuristics choose
     problem = Problem(request["op"], request["dtype"], tuple(request["shape"]))
     device = torch.device("cuda", torch.cuda.current_device())
     names = [AUTO, *(name for name in request["variants"] if name != AUTO)]

@@ -1,0 +1,271 @@
+"""``fastshard tune``: search, time the winners once more, write the table."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fastshard.bench.presets import PRESETS, preset
+from fastshard.environment import cache_dir
+from fastshard.ops import variants
+from fastshard.ops.variants import Entry, Table, key_shape
+from fastshard.tune import model, recorded, shapes
+from fastshard.tune.measure import GpuMeasurer
+from fastshard.tune.problem import SIZES, Problem
+from fastshard.tune.recorded import Recorder, Replay, Study
+from fastshard.tune.search import MIN_GAIN, NEAR_LIMIT, Found, Generation, Search, mean_gain
+
+MIN_BUDGET = 5.0
+"""Seconds: one generation of one problem and its confirmation take about as long."""
+INTERRUPTED = 130
+
+
+def run(
+    *,
+    model_name: str = "llama-3.1-8b",
+    ops: Sequence[str] | None = None,
+    dtype: str = "bfloat16",
+    budget: float = 120.0,
+    seed: int = 0,
+    strategy: str = "evolve",
+    study_path: Path | None = None,
+    replays: bool = False,
+    output: Path | None = None,
+    plot_path: Path | None = None,
+    say: Callable[[str], None] = print,
+    advance: Callable[[float], None] = lambda share: None,
+) -> int:
+    """Tune the shapes of a model.
+
+    Args:
+        model_name: A preset, or a checkpoint's folder.
+        ops: Of ``SIZES``; None: all that the model has.
+        dtype: float16 or bfloat16.
+        budget: Seconds of measuring; with ``replays`` the seconds that it took then.
+        seed: Of the search and of the inputs.
+        strategy: Of ``search.STRATEGIES``.
+        study_path: Measurements, kept and not made again; by default in the cache folder.
+        replays: Measure nothing: play the study back.
+        output: The table, merged with what is there; by default the user's, which the kernels use.
+        plot_path: Gain so far over seconds, PNG or SVG.
+        say: Is given each line.
+        advance: Is given the share of the budget that is spent.
+
+    Returns:
+        The exit status: 0, or ``INTERRUPTED`` after Ctrl-C, which ends the search but not what
+        comes after it.
+
+    Raises:
+        ValueError: an op, model or strategy is unknown, the budget too small, a file unreadable.
+        RuntimeError: there is no GPU, Optuna or matplotlib.
+    """
+    problems = _problems(model_name, ops, dtype)
+    if budget < MIN_BUDGET:
+        raise ValueError(f"budget must be at least {MIN_BUDGET:g} s, got {budget:g} s")
+    if plot_path is not None:
+        from fastshard.bench import plot
+
+        plot.check(plot_path)
+    with ExitStack() as stack:
+        if replays:
+            if study_path is None:
+                raise ValueError("a study must be given to be played back, got none")
+            measurer = Replay(recorded.read(study_path))
+            figures = model.H200
+        else:
+            gpu = stack.enter_context(GpuMeasurer(seed=seed))
+            study_path = study_path or cache_dir() / "studies" / f"{_slug(gpu.device)}.json"
+            measurer = Recorder(gpu, _study_of(study_path, gpu.device), study_path)
+            figures = model.figures_of(torch.cuda.get_device_capability())
+        output = output or variants.user_tables_dir() / f"{_slug(measurer.device)}.json"
+        old = _table_at(output, measurer.device)
+        chosen = {(e.op, e.dtype, key_shape(e.op, e.shape)): e.variant for e in old.entries}
+        search = Search(
+            measurer,
+            problems,
+            strategy=strategy,
+            seed=seed,
+            figures=figures,
+            known=lambda p: chosen.get((p.op, p.dtype, key_shape(p.op, p.shape))),
+        )
+        say(f"{measurer.device}: {len(problems)} problems of {model_name}, {strategy}")
+        spent = _Spent(search) if replays else _Clock()
+        steps: list[tuple[float, float]] = []
+
+        def report(generation: Generation) -> None:
+            steps.append((generation.spent, mean_gain(search.found)))
+            advance(min(generation.spent / budget, 1.0))
+            say(_generation_line(generation))
+
+        status = 0
+        try:
+            search.run(budget, spent, report)
+        except KeyboardInterrupt:
+            say("interrupted: what was found so far is timed once more and kept")
+            status = INTERRUPTED
+        confirmed = [_confirm(found, measurer, say) for found in search.found]
+    entries = [entry for entry in confirmed if entry is not None]
+    variants.write_table(output, _merged(old, search.found, entries))
+    for line in _summary(search.found, entries):
+        say(line)
+    say(f"{len(entries)} entries written to {output}")
+    if plot_path is not None:
+        from fastshard.tune import progress_plot
+
+        progress_plot.write(steps, plot_path, f"{measurer.device}: {model_name}, {strategy}")
+    return status
+
+
+def write_model_table(capability: str, output: Path) -> Table:
+    """Write what the cost model chooses for the norms of every preset.
+
+    Norms only: for products by tiles the heuristic in csrc is this model, and where attention is
+    split the model is too coarse to overrule it.
+
+    Raises:
+        ValueError: no figures of such a device are known.
+    """
+    if capability not in model.FIGURES:
+        known = ", ".join(model.FIGURES)
+        raise ValueError(f"capability must be one of {known}, got {capability!r}")
+    figures = model.FIGURES[capability]
+    entries = {}
+    for name in PRESETS:
+        for dtype in ("bfloat16", "float16"):
+            for problem in shapes.problems(preset(name), dtype):
+                variant = model.better_norm(problem, figures)
+                if variant is not None:
+                    entry = Entry(problem.op, dtype, problem.shape, variant)
+                    entries[entry.op, dtype, key_shape(entry.op, entry.shape)] = entry
+    table = Table(capability, "model", version("fastshard"), tuple(entries.values()))
+    variants.write_table(output, table)
+    return table
+
+
+class _Clock:
+    """Seconds since it was made."""
+
+    def __init__(self):
+        self._begin = time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._begin
+
+
+class _Spent:
+    """Seconds that measuring what was played back took."""
+
+    def __init__(self, search: Search):
+        self._search = search
+
+    def __call__(self) -> float:
+        founds = self._search.found
+        return sum(m.seconds for found in founds for m in found.measured.values())
+
+
+def _problems(model_name: str, ops: Sequence[str] | None, dtype: str) -> list[Problem]:
+    for op in ops or ():
+        if op not in SIZES:
+            raise ValueError(f"op must be one of {', '.join(SIZES)}, got {op!r}")
+    if Path(model_name).is_dir():
+        from fastshard.checkpoint import Checkpoint
+
+        config = Checkpoint(model_name).config
+    elif model_name in PRESETS:
+        config = preset(model_name)
+    else:
+        presets = ", ".join(PRESETS)
+        raise ValueError(f"model must be a folder or one of {presets}, got {model_name!r}")
+    found = shapes.problems(config, dtype)
+    chosen = [problem for problem in found if ops is None or problem.op in ops]
+    if not chosen:
+        raise ValueError(f"{model_name} has no {' or '.join(ops)}")
+    return chosen
+
+
+def _study_of(path: Path, device: str) -> Study:
+    if not path.exists():
+        return Study(device, version("fastshard"))
+    study = recorded.read(path)
+    if study.device != device:
+        raise ValueError(f"{path} must be a study of {device}, got one of {study.device}")
+    return study
+
+
+def _table_at(path: Path, device: str) -> Table:
+    """The table that is there, which must be of this device, or an empty one."""
+    if not path.exists():
+        return Table(device, "measured", version("fastshard"), ())
+    table = variants.read_table(path)
+    if table.device != device or table.origin != "measured":
+        raise ValueError(
+            f"{path} must be a measured table of {device}, got a {table.origin} one of "
+            f"{table.device}"
+        )
+    return table
+
+
+def _confirm(found: Found, measurer, say: Callable[[str], None]) -> Entry | None:
+    """The entry of a winner that wins again in a fresh process."""
+    problem, variant = found.problem, found.winner
+    if variant is None:
+        return None
+    again = measurer.confirm(problem, variant)
+    if again.ratio > 1 - MIN_GAIN:
+        why = again.reason or f"{again.ratio:.3f} of auto's time"
+        say(f"{problem}: {variant} was not confirmed: {why}")
+        found.measured[variant] = replace(again, us=None, reason=f"not confirmed: {why}")
+        return None
+    return Entry(problem.op, problem.dtype, problem.shape, variant)
+
+
+def _merged(old: Table, founds: Sequence[Found], entries: Sequence[Entry]) -> Table:
+    """The old entries of other problems, and the new ones."""
+    searched = {(f.problem.op, f.problem.dtype, _key(f.problem)) for f in founds if f.measured}
+    kept = [e for e in old.entries if (e.op, e.dtype, _key(e)) not in searched]
+    return replace(old, entries=(*kept, *entries))
+
+
+def _key(of: Problem | Entry) -> tuple[int, ...]:
+    return key_shape(of.op, of.shape)
+
+
+def _generation_line(generation: Generation) -> str:
+    found = generation.found
+    name, ratio = found.best
+    measured = len(found.measured)
+    return (
+        f"{generation.spent:7.1f} s  generation {generation.number:<2} "
+        f"{found.problem!s:<52} {generation.new} new of {measured}, "
+        f"{len(found.left_out)} left out, best {name} {1 / ratio:.3f}x"
+    )
+
+
+def _summary(founds: Sequence[Found], entries: Sequence[Entry]) -> list[str]:
+    lines = []
+    for entry in entries:
+        found = next(
+            f for f in founds if _key(f.problem) == _key(entry) and f.problem.op == entry.op
+        )
+        best = found.measured[entry.variant]
+        lines.append(
+            f"{found.problem!s:<52} {entry.variant:<14} {best.us:9.2f} us, "
+            f"auto {best.auto_us:9.2f} us, {best.auto_us / best.us:.3f}x"
+        )
+    tried = [found for found in founds if found.measured]
+    far = [found for found in tried if not found.is_near_limit]
+    lines.append(
+        f"geometric mean of auto / best: {mean_gain(tried):.4f} of {len(tried)} problems, "
+        f"{mean_gain(far):.4f} of the {len(far)} that are not within "
+        f"{100 * (NEAR_LIMIT - 1):.0f} % of the device's limit"
+    )
+    return lines
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-")
