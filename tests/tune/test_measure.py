@@ -1,0 +1,275 @@
+"""Judging what was seen, and the measuring process: crashes, hangs, wrong answers."""
+
+import math
+import os
+import re
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from fastshard.ops.variants import key_shape
+from fastshard.tune import observe
+from fastshard.tune.measure import Asker, GpuMeasurer, Observation, judge
+from fastshard.tune.problem import AUTO, Problem
+from fastshard.tune.worker import Worker, WorkerFailed
+from helpers import CUDA_ONLY
+
+GOOD = {
+    "errors": [[1e-3, 1e-3], [2e-3, 1e-3]],
+    "timing": (8.0, 7.9, 8.2),
+    "auto_us": 10.0,
+    "limit_us": 5.0,
+}
+
+
+def test_a_good_variant_may_be_chosen():
+    found = judge(Observation(**GOOD), seconds=0.5)
+    assert (found.us, found.p20, found.p80, found.auto_us) == (8.0, 7.9, 8.2, 10.0)
+    assert (found.error, found.reason, found.seconds, found.ratio) == (2e-3, None, 0.5, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"failure": "no variant 3x3"}, "no variant 3x3"),
+        ({"errors": [[1e-3, 1e-3], [2.1e-3, 1e-3]]}, "error 2.1e-03, eager 1.0e-03"),
+        ({"errors": [[None, 1e-3]]}, "error not finite"),
+        ({"errors": []}, "not timed"),
+        ({"timing": None}, "not timed"),
+        ({"limit_us": 8.5}, "less than the 8.50 us that the device takes at least"),
+        ({"preparation_us": 4e4}, "prepares 40 ms for each new shape, won back in 20000 calls"),
+        ({"preparation_us": 4e4, "timing": (10.5, 10, 11)}, "prepares 40 ms .*never won"),
+    ],
+)
+def test_a_bad_one_may_not(change, reason):
+    found = judge(Observation(**GOOD | change), seconds=0.5)
+    assert found.us is None
+    assert found.ratio == math.inf
+    assert re.search(reason, found.reason), found.reason
+
+
+@pytest.mark.parametrize(
+    "change", [{"limit_us": 8.4}, {"preparation_us": 1999.0}, {"preparation_us": 127.0}]
+)
+def test_noise_and_what_pays_are_allowed(change):
+    assert judge(Observation(**GOOD | change), seconds=0.5).us == 8.0
+
+
+def test_preparation_that_pays():
+    seen = GOOD | {"auto_us": 1000.0, "preparation_us": 4e4}
+    assert judge(Observation(**seen), seconds=0.5).reason is None
+
+
+@pytest.mark.parametrize(
+    ("problem", "shapes"),
+    [
+        (Problem("rms_norm", "float16", (2048, 64)), [(2047, 64), (1025, 64)]),
+        (Problem("rms_norm", "float16", (1, 64)), [(1, 64), (1, 64)]),
+        (
+            Problem("attention", "float16", (2, 512, 512, 4, 2, 64)),
+            [(2, 511, 511, 4, 2, 64), (2, 257, 257, 4, 2, 64)],
+        ),
+        (
+            Problem("cached_attention", "float16", (8, 1, 4096, 4, 2, 64)),
+            [(8, 1, 4095, 4, 2, 64), (8, 1, 2049, 4, 2, 64)],
+        ),
+    ],
+)
+def test_neighbours_share_the_entry(problem, shapes):
+    found = observe.neighbours(problem)
+    assert [each.shape for each in found] == shapes
+    for each in found:
+        assert key_shape(each.op, each.shape) == key_shape(problem.op, problem.shape)
+
+
+BACKEND = """
+import os, signal, sys, time
+
+def answer(request):
+    print("a library talks")
+    for name in ["auto", *request["variants"]]:
+        yield {"begins": name}
+        if name == "crash":
+            os._exit(3)
+        if name == "segfault":
+            print("about to fail", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if name == "hang":
+            time.sleep(1000)
+        if name == "raise":
+            yield {"variant": name, "failure": "no such variant"}
+            continue
+        error = 1.0 if name == "wrong" else 1e-3
+        yield {"variant": name, "errors": [[error, 1e-3]], "preparation_us": 0.0}
+    if request["variants"] == ["alone"] or "late" not in request["variants"]:
+        names = ["auto", *(v for v in request["variants"] if v not in ("raise", "wrong"))]
+        yield {"begins": "timing"}
+        yield {"timings": {n: [10.0 if n == "auto" else 8.0, 7, 9] for n in names},
+               "limit_us": 1.0}
+    else:
+        yield {"begins": "timing"}
+        os._exit(4)
+
+def pid(request):
+    yield {"pid": os.getpid(), "seed": request["seed"]}
+
+def interrupted(request):
+    raise ValueError("broken")
+    yield
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    (tmp_path / "backend.py").write_text(textwrap.dedent(BACKEND))
+    paths = [str(tmp_path), *(path for path in sys.path if path)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture
+def asker(environment):
+    asker = Asker("backend:answer", seed=0, timeout=20, environment=environment)
+    yield asker
+    asker.close()
+
+
+PROBLEM = Problem("rms_norm", "float16", (1, 64))
+
+
+def test_an_answer(asker):
+    good, raises, wrong = asker(PROBLEM, ["good", "raise", "wrong"])
+    assert (good.us, good.auto_us, good.reason) == (8.0, 10.0, None)
+    assert raises.reason == "no such variant"
+    assert wrong.reason.startswith("error 1.0e+00")
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"),
+    [
+        ("crash", "the process ended with status 3: a library talks"),
+        ("segfault", "the process ended by signal 11: about to fail"),
+    ],
+)
+def test_a_crash_is_recorded_and_the_others_go_on(asker, variant, reason):
+    first, bad, last = asker(PROBLEM, ["first", variant, "last"])
+    assert (first.us, last.us) == (8.0, 8.0)
+    assert (bad.us, bad.reason) == (None, reason)
+    assert asker(PROBLEM, ["next"])[0].us == 8.0
+
+
+def test_a_hang_is_killed(environment):
+    asker = Asker("backend:answer", seed=0, timeout=3, environment=environment)
+    hang, other = asker(PROBLEM, ["hang", "other"])
+    assert hang.reason == "no answer for 3 s: killed"
+    assert other.us == 8.0
+    asker.close()
+
+
+def test_a_crash_while_all_are_timed_is_sought_alone(asker):
+    late, good = asker(PROBLEM, ["late", "good"])
+    assert late.reason.startswith("the process ended with status 4")
+    assert good.us == 8.0
+
+
+def test_a_process_that_cannot_start_is_a_reason(environment):
+    asker = Asker("backend:nothing", seed=0, timeout=20, environment=environment)
+    found = asker(PROBLEM, ["a", "b"])
+    assert all("has no attribute 'nothing'" in each.reason for each in found)
+
+
+def test_confirmations_come_from_a_fresh_process_and_other_inputs(environment):
+    worker = Worker("backend:pid", timeout=20, environment=environment)
+    (first,) = worker.ask({"seed": 1})
+    (second,) = worker.ask({"seed": 2})
+    assert first["pid"] == second["pid"] != os.getpid()
+    worker.close()
+    (third,) = worker.ask({"seed": 3})
+    assert third["pid"] != first["pid"]
+    worker.close()
+    asker = Asker("backend:answer", seed=0, timeout=20, environment=environment)
+    asker(PROBLEM, ["good"])
+    before, seed = asker._worker._process, asker._seed
+    assert asker.confirm(PROBLEM, "good").us == 8.0
+    assert before.poll() is not None, "the searching process has ended"
+    assert asker._fresh._process is not None
+    assert asker._seed != seed
+    asker.close()
+
+
+def test_an_exception_ends_the_process_with_its_last_line(environment):
+    worker = Worker("backend:interrupted", timeout=20, environment=environment)
+    with pytest.raises(WorkerFailed, match="status 1: ValueError: broken"):
+        list(worker.ask({}))
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"tune measures on a GPU, .* --replay --study FILE"):
+        GpuMeasurer()
+
+
+@CUDA_ONLY
+def test_memory_is_poisoned(device):
+    for size in (100, 5000, 300_000, 3_000_000, 30_000_000):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            observe.poison(device)
+            assert torch.empty(size, dtype=dtype, device=device).isnan().all()
+
+
+SMALL = [
+    (Problem("rms_norm", "bfloat16", (64, 4096)), ["128x4", "512x1", "64x2"]),
+    (Problem("fused_mlp", "bfloat16", (64, 512, 1024)), ["library", "tiles_64x128"]),
+    (Problem("linear", "float16", (4, 512, 1024)), ["library"]),
+    (Problem("attention", "float16", (1, 256, 256, 8, 2, 64)), ["small", "prefill", "decode"]),
+    (Problem("cached_attention", "float16", (2, 1, 512, 8, 2, 64)), ["decode/2", "few", "small/4"]),
+]
+
+
+@CUDA_ONLY
+def test_measures(device):
+    with GpuMeasurer() as measurer:
+        assert measurer.device == torch.cuda.get_device_name(device)
+        for problem, variants in SMALL:
+            for variant, found in zip(variants, measurer(problem, variants), strict=True):
+                if variant in ("64x2", "decode"):
+                    assert found.us is None
+                    assert "64x2 holds rows" in found.reason or "decode takes" in found.reason
+                else:
+                    assert found.reason is None
+                    assert found.limit_us * 0.95 <= found.us
+                    assert found.p20 <= found.us <= found.p80
+                    assert found.auto_us > 0
+                    assert 0 < found.error < 1e-2
+        again = measurer.confirm(problem, variants[0])
+        assert again.reason is None
+    assert AUTO not in variants
+
+
+@CUDA_ONLY
+def test_a_wrong_kernel_is_found(device, monkeypatch):
+    """Whose last row is never written, and was right in the memory of the call before."""
+    problem = Problem("linear", "float16", (4, 512, 1024))
+    real = observe.inputs.make
+
+    def make(*args):
+        made = real(*args)
+
+        def call(i, variant):
+            out = made.call(i, variant)
+            if variant != "library":
+                return out
+            wrong = torch.empty_like(out)
+            wrong[:-1] = out[:-1]
+            return wrong
+
+        return type(made)(**{**vars(made), "call": call})
+
+    monkeypatch.setattr(observe.inputs, "make", make)
+    request = {"op": problem.op, "dtype": problem.dtype, "shape": problem.shape, "seed": 0}
+    seen = list(observe.observe(request | {"variants": ["library"]}))
+    errors = {m["variant"]: m["errors"] for m in seen if "errors" in m}
+    assert all(pair[0] is None for pair in errors["library"])
+    assert all(pair[0] <= 2 * pair[1] for pair in errors[AUTO])
+    assert list(seen[-1]["timings"]) == [AUTO]

@@ -1,0 +1,136 @@
+"""The spaces of variants: what is legal, why the rest is not, and that the kernels agree."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastshard.bench.presets import PRESETS, preset
+from fastshard.ops.variants import COUNTS, read_table
+from fastshard.tune import inputs, model, shapes, space
+from fastshard.tune.problem import AUTO, SIZES, Problem
+from helpers import KERNELS_ONLY
+
+CSRC = Path(__file__).parents[2] / "csrc"
+DECODE = Problem("cached_attention", "bfloat16", (1, 1, 4096, 32, 8, 128))
+PROMPT = Problem("attention", "bfloat16", (1, 2048, 2048, 32, 8, 128))
+
+
+def reasons(problem):
+    return {each.variant: each.why_illegal for each in space.candidates(problem)}
+
+
+def test_menus_are_those_of_the_sources():
+    source = (CSRC / "norm" / "row.cuh").read_text()
+    configs = re.findall(r"RowConfig<(\d+), \d+, (\d+)>[,>]", source.split("using RowConfigs")[1])
+    assert [f"{threads}x{vecs}" for threads, vecs in configs] == list(space.ROW_CONFIGS)
+    tiles = re.findall(r"\{GemmTileSize::k(\w+),", (CSRC / "gemm" / "choose_tile.h").read_text())
+    assert tiles == list(space.TILES)
+
+
+@pytest.mark.parametrize(
+    ("problem", "variant", "why"),
+    [
+        (Problem("rms_norm", "float16", (1, 4096)), "16x2", "not compiled"),
+        (Problem("rms_norm", "float16", (1, 4096)), "128x2", "holds 4096 bytes of a row of 8192"),
+        (Problem("rms_norm", "float16", (1, 128)), "128x2", "room for 4096 bytes"),
+        (Problem("rms_norm", "float16", (1, 4096)), "128x4", None),
+        (Problem("linear", "float16", (17, 64, 64)), "library", "more than 16 rows"),
+        (Problem("linear", "float16", (16, 64, 64)), "library", None),
+        (DECODE, "library", "lengths that are on the device"),
+        (PROMPT, "library", None),
+        (PROMPT, "decode", "8192 query rows a key/value head, decode takes 16"),
+        (DECODE, "decode/8", None),
+        (Problem("attention", "float16", (1, 1, 64, 4, 4, 80)), "decode", "not compiled for head"),
+        (Problem("attention", "float16", (1, 64, 64, 4, 4, 256)), "prefill", "the same kernel as"),
+        (Problem("attention", "float16", (1, 1, 64, 4, 4, 64)), "few/6", "more splits than tiles"),
+        (Problem("attention", "float16", (1, 1, 64, 4, 4, 64)), "few/4", None),
+    ],
+)
+def test_reasons(problem, variant, why):
+    found = reasons(problem)[variant]
+    assert found is None if why is None else why in found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_problem_has_legal_variants_that_are_modelled(name):
+    for problem in shapes.problems(preset(name), "bfloat16"):
+        legal = space.legal_variants(problem)
+        assert legal
+        assert AUTO not in legal
+        assert len(set(legal)) == len(legal)
+        for variant in legal:
+            assert model.modelled_us(problem, variant, model.A10) > 0
+            genes = space.genes_of(problem, variant)
+            assert space.candidate(problem, genes).variant == variant
+        left_out = model.pruned(problem, legal, model.A10)
+        assert left_out.keys() < set(legal), "what is best on paper is never left out"
+        assert problem.sizes().keys() == set(SIZES[problem.op])
+        assert COUNTS.get(problem.op, 1) < len(problem.shape)
+
+
+def test_problems_of_a_model_end_at_its_context():
+    short = preset("llama-2-7b")
+    found = shapes.problems(short, "float16")
+    assert max(p.sizes()["s_kv"] for p in found if "s_kv" in p.sizes()) == short.max_seq_len
+    assert {p.op for p in found} <= SIZES.keys()
+
+
+# All kinds of problems that a kernel is emulated of in a second.
+SMALL = [
+    Problem("rms_norm", "bfloat16", (3, 512)),
+    Problem("add_layer_norm", "float16", (2, 1032)),
+    Problem("fused_mlp", "float16", (20, 64, 64)),
+    Problem("linear", "float16", (3, 64, 40)),
+    Problem("attention", "float16", (1, 20, 20, 4, 2, 64)),
+    Problem("cached_attention", "float16", (2, 2, 40, 4, 2, 64)),
+]
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("problem", SMALL, ids=str)
+def test_kernels_take_every_legal_variant_and_give_the_answer(problem, device):
+    made = inputs.make(problem, device, 1, seed=0)
+    golden, plain = made.golden(), made.plain()
+    allowed = 2 * (plain.double() - golden).norm()
+    for variant in [AUTO, *space.legal_variants(problem)]:
+        if variant == "library" and problem.op == "attention" and device.type == "cpu":
+            continue  # PyTorch's own, which the emulator does not stand in for
+        out = made.sample(made.call(0, variant))
+        assert (out.double() - golden).norm() <= allowed, variant
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=str)
+def test_inputs(problem):
+    cpu = torch.device("cpu")
+    made, same, other = (inputs.make(problem, cpu, 2, seed) for seed in (0, 0, 1))
+    assert torch.equal(made.golden(), same.golden())
+    assert not torch.equal(made.golden(), other.golden())
+    assert made.golden().dtype == torch.float64
+    assert made.golden().shape == made.plain().shape == made.sample(made.call(1, AUTO)).shape
+    assert not torch.equal(made.sample(made.call(1, AUTO)), made.sample(made.call(0, AUTO)))
+    assert inputs.least_bytes(problem) == made.num_bytes > 0
+    assert made.flops > 0
+
+
+def test_inputs_are_sampled():
+    made = inputs.make(Problem("linear", "float16", (2, 8, 10000)), torch.device("cpu"), 1, 0)
+    assert made.golden().shape == (2, 3334)
+    made = inputs.make(Problem("rms_norm", "float16", (500, 8)), torch.device("cpu"), 1, 0)
+    assert made.golden().shape == (64, 8)
+
+
+TABLES = sorted((Path(space.__file__).parent / "tables").glob("*.json"))
+
+
+def test_tables_are_shipped():
+    assert {read_table(path).origin for path in TABLES} == {"measured", "model"}
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
+def test_shipped_tables_are_legal(path):
+    table = read_table(path)
+    for entry in table.entries:
+        problem = Problem(entry.op, entry.dtype, entry.shape)
+        assert entry.variant in space.legal_variants(problem), entry
