@@ -500,8 +500,10 @@ def _number(text: str) -> float:
 
 @_argument("a time like 90s or 5m")
 def _seconds(text: str) -> float:
-    unit = {"s": 1, "m": 60}.get(text[-1:])
-    return _number(text if unit is None else text[:-1]) * (unit or 1)
+    seconds = float(text.rstrip("sm")) * {"m": 60}.get(text[-1:], 1)
+    if not 0 <= seconds < math.inf or text[-2:].isalpha():
+        raise ValueError
+    return seconds
 
 
 @_argument(f"one of {', '.join(_BENCHMARKS)}, all")

@@ -95,8 +95,12 @@ def _is_within_op(event: FunctionEvent) -> bool:
 
 
 def _launched(event: FunctionEvent) -> Iterator:
-    """The kernels of an event and of those within it."""
-    yield from event.kernels
+    """The kernels of an op and of those within it.
+
+    Events of the loader, which a first launch makes, repeat the kernels of their op.
+    """
+    if _is_op(event):
+        yield from event.kernels
     for child in event.cpu_children:
         yield from _launched(child)
 

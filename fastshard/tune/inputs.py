@@ -33,7 +33,6 @@ class Inputs:
         sample: The sampled elements of what ``call`` gave.
         num_bytes: Least global memory traffic of one call.
         flops: Of one call.
-        writes_much: Whether a copy of as many bytes is the limit, and not a read.
     """
 
     call: Callable[[int, str], Outputs]
@@ -42,7 +41,6 @@ class Inputs:
     sample: Callable[[Outputs], Tensor]
     num_bytes: int
     flops: int
-    writes_much: bool
 
 
 def least_bytes(problem: Problem) -> int:
@@ -102,7 +100,6 @@ def _norm(problem: Problem, sets: int, randn: Callable[..., Tensor]) -> Inputs:
         sample=lambda outputs: _together(outputs)[..., sampled, :],
         num_bytes=cost.bytes,
         flops=cost.flops,
-        writes_much=True,
     )
 
 
@@ -126,7 +123,6 @@ def _fused_mlp(problem: Problem, sets: int, randn: Callable[..., Tensor]) -> Inp
         sample=lambda out: out[sampled],
         num_bytes=cost.bytes,
         flops=cost.flops,
-        writes_much=False,
     )
 
 
@@ -149,7 +145,6 @@ def _linear(problem: Problem, sets: int, randn: Callable[..., Tensor]) -> Inputs
         sample=lambda out: out[:, columns],
         num_bytes=cost.bytes,
         flops=cost.flops,
-        writes_much=False,
     )
 
 
@@ -189,7 +184,6 @@ def _attention(problem: Problem, sets: int, randn: Callable[..., Tensor]) -> Inp
         sample=lambda out: out[:, sampled],
         num_bytes=cost.bytes,
         flops=cost.flops,
-        writes_much=False,
     )
 
 

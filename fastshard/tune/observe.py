@@ -21,6 +21,7 @@ from fastshard.tune.problem import AUTO, Problem
 Message = dict
 
 POISON_BYTES = 256 * 2**20
+LARGE_READ = 2**30  # bytes, of which the device reads at its best rate
 
 
 def observe(request: Message) -> Iterator[Message]:
@@ -131,9 +132,9 @@ def _time(problem: Problem, device: torch.device, names: Sequence[str], seed: in
     made = inputs.make(problem, device, sets, seed)
     runs = {name: GraphRun(lambda i, name=name: made.call(i % sets, name), calls) for name in names}
     timings = stopwatch.measure(runs)
-    moved = "copy" if made.writes_much else "read"
-    rate = max(limits.matmul_tflops, limits.mma_tflops or 0.0)
-    limit_us = max(limits.us(moved, made.num_bytes, made.flops), made.flops / rate / 1e6)
+    gbps = max(limits.copy_gbps, limits.read(LARGE_READ).gbps)
+    tflops = max(limits.matmul_tflops, limits.mma_tflops or 0.0)
+    limit_us = max(made.num_bytes / gbps / 1e3, made.flops / tflops / 1e6)
     return {
         "timings": {name: [t.us, t.p20, t.p80] for name, t in timings.items()},
         "limit_us": limit_us,

@@ -154,7 +154,8 @@ class _Species:
             found.left_out.update(model.pruned(problem, self._legal, figures))
             worth = [name for name in self._legal if name not in found.left_out]
             on_paper = sorted(worth, key=lambda name: model.modelled_us(problem, name, figures))
-            self._queue = [*([known] if known else []), *on_paper[:_PAPER_SEEDS]]
+            self._queue = on_paper[:_PAPER_SEEDS]
+            self.add_seeds([known] if known else [])
         if strategy == "all":
             self._queue = list(self._legal)
         else:
@@ -168,7 +169,9 @@ class _Species:
         return is_near or self._fruitless >= _FRUITLESS or known >= set(self._legal)
 
     def add_seeds(self, variants: Sequence[str]) -> None:
-        """Measure these first."""
+        """Measure these first, also what looks bad on paper."""
+        for variant in set(variants) & set(self._legal):
+            self.found.left_out.pop(variant, None)
         self._queue = [*variants, *self._queue]
 
     def next_generation(self, measurer: Measurer) -> int:
