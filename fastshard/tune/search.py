@@ -207,7 +207,8 @@ class _Species:
             found = space.candidate(self.found.problem, genes)
             variant = found.variant
             if found.why_illegal is not None:
-                self.found.left_out.setdefault(variant, found.why_illegal)
+                if variant not in self._legal:  # other genes may spell it too
+                    self.found.left_out.setdefault(variant, found.why_illegal)
             elif self._is_new(variant, batch) and len(batch) < POPULATION:
                 batch.append(variant)
             if variant in batch:
