@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 
 _DONE = {"done": True}
@@ -39,8 +40,19 @@ class Worker:
         Raises:
             WorkerFailed: with the reason. The next request starts a new process.
         """
+        if self._process is not None and self._process.poll() is not None:
+            self._end()  # between two requests, which is the fault of neither
         if self._process is None:
             self._start()
+        is_answered = False
+        try:
+            yield from self._answer(request)
+            is_answered = True
+        finally:
+            if not is_answered:  # the rest would be taken for the answer to the next request
+                self.close()
+
+    def _answer(self, request: dict) -> Iterator[dict]:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -50,10 +62,8 @@ class Worker:
             try:
                 line = self._lines.get(timeout=self._timeout)
             except queue.Empty:
-                self._process.kill()
-                self._end()
-                text = f"no answer for {self._timeout:g} s: killed"
-                raise WorkerFailed(text) from None
+                self.close()
+                raise WorkerFailed(f"no answer for {self._timeout:g} s: killed") from None
             if line is None:
                 raise WorkerFailed(self._end())
             message = json.loads(line)
@@ -68,11 +78,10 @@ class Worker:
             self._end()
 
     def _start(self) -> None:
-        here = (
-            ["-P"] if sys.version_info >= (3, 11) else []
-        )  # not a checkout, which -m would import
+        # The package of this process, and not a checkout that it was started in.
+        safely = ["-P"] if sys.version_info >= (3, 11) else []
         self._process = subprocess.Popen(
-            [sys.executable, *here, "-m", __name__, self._target],
+            [sys.executable, *safely, "-m", __name__, self._target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -81,8 +90,12 @@ class Worker:
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors: list[str] = []
-        for read in (self._read_lines, self._read_errors):
-            threading.Thread(target=read, args=(self._process,), daemon=True).start()
+        self._readers = [
+            threading.Thread(target=read, args=(self._process,), daemon=True)
+            for read in (self._read_lines, self._read_errors)
+        ]
+        for reader in self._readers:
+            reader.start()
 
     def _read_lines(self, process: subprocess.Popen) -> None:
         lines = self._lines
@@ -98,7 +111,10 @@ class Worker:
     def _end(self) -> str:
         """Wait for the process, which is ending; returns why."""
         status = self._process.wait()
-        self._process.stdin.close()
+        for reader in self._readers:  # who else holds the pipes is not waited for
+            reader.join(timeout=1)
+        with suppress(BrokenPipeError):  # of a request that was not taken
+            self._process.stdin.close()
         self._process = None
         last = " ".join("".join(self._errors[-1:]).split())[:200]
         how = f"by signal {-status}" if status < 0 else f"with status {status}"

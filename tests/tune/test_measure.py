@@ -115,6 +115,10 @@ def answer(request):
 def pid(request):
     yield {"pid": os.getpid(), "seed": request["seed"]}
 
+def counts(request):
+    for number in range(3):
+        yield {"number": number, "of": request["of"]}
+
 def interrupted(request):
     raise ValueError("broken")
     yield
@@ -202,6 +206,38 @@ def test_an_exception_ends_the_process_with_its_last_line(environment):
     worker = Worker("backend:interrupted", timeout=20, environment=environment)
     with pytest.raises(WorkerFailed, match="status 1: ValueError: broken"):
         list(worker.ask({}))
+
+
+def test_an_answer_that_nobody_waits_for_is_not_the_next_one(environment):
+    worker = Worker("backend:counts", timeout=20, environment=environment)
+    answer = worker.ask({"of": 1})
+    assert next(answer) == {"number": 0, "of": 1}
+    answer.close()
+    assert [message["of"] for message in worker.ask({"of": 2})] == [2, 2, 2]
+    worker.close()
+
+
+def test_a_process_that_ends_between_requests_is_replaced(environment):
+    worker = Worker("backend:pid", timeout=20, environment=environment)
+    (first,) = worker.ask({"seed": 1})
+    worker._process.kill()
+    worker._process.wait()
+    (second,) = worker.ask({"seed": 2})
+    assert second["pid"] != first["pid"]
+    worker.close()
+
+
+def test_a_process_that_takes_no_request_is_a_failure(environment, monkeypatch):
+    worker = Worker("backend:pid", timeout=20, environment=environment)
+    list(worker.ask({"seed": 1}))
+    worker._process.kill()
+    worker._process.wait()
+    # As if it ended while the request was written.
+    monkeypatch.setattr(worker._process, "poll", lambda: None)
+    with pytest.raises(WorkerFailed, match="ended by signal 9"):
+        list(worker.ask({"seed": 2}))
+    assert list(worker.ask({"seed": 3}))
+    worker.close()
 
 
 def test_no_gpu(monkeypatch):
