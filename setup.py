@@ -1,8 +1,8 @@
 """Build of the fastshard wheel; everything static is in pyproject.toml.
 
 With a CUDA toolkit the wheel holds one compiled library, ``fastshard._C``, on the LibTorch stable
-ABI: one abi3 wheel serves every Python >= 3.10 and torch >= 2.11 of a CUDA major. Without a toolkit
-it is pure Python.
+ABI: one abi3 wheel serves every Python >= 3.10 and torch >= 2.11 of a CUDA major. Its version names
+the major where that is not 13, as 0.1.0+cu12. Without a toolkit it is pure Python.
 
 Environment:
     FASTSHARD_BUILD_CUDA  auto (default): CUDA where a toolkit is found; 1: fail without one;
@@ -27,6 +27,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "8.6+PTX"
 TORCH_TARGET = (2, 11)  # the oldest torch that the binary serves
+CUDA_MAJOR = "13"  # of the wheel whose version has no local part: torch's own since 2.11
 
 
 def find_cuda_home() -> Path | None:
@@ -72,6 +73,12 @@ def cuda_version(cuda_home: Path) -> str:
     return re.search(r"release (\d+\.\d+)", text)[1]
 
 
+def local_version(cuda_version: str) -> str:
+    """What distinguishes wheels that differ in the CUDA major alone; "" for torch's own."""
+    major = cuda_version.split(".")[0]
+    return "" if major == CUDA_MAJOR else f"+cu{major}"
+
+
 class BuildPy(build_py):
     """Writes fastshard/_build_info.py: what `fastshard info` says of the binary."""
 
@@ -95,7 +102,18 @@ def torch_cuda_stub() -> str:
     return folder
 
 
-def extension_arguments(cuda_home: Path) -> dict:
+def nvcc_flags(version: str, defines: list[str], xcompiler: list[str]) -> list[str]:
+    flags = ["-O3", "-std=c++20", "-Xptxas=-warn-spills", f"-Xcompiler={','.join(xcompiler)}"]
+    if tuple(map(int, version.split("."))) >= (12, 8):
+        flags.append("--compress-mode=size")
+    if os.environ.get("FASTSHARD_LINEINFO") == "1":
+        flags.append("-lineinfo")
+    # torch's flags forbid the operators of the 16-bit types, which kernels use
+    allowed = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+    return [*flags, *defines, *(f"-U__CUDA_NO_{name}__" for name in allowed)]
+
+
+def extension_arguments(cuda_home: Path, version: str) -> dict:
     """Arguments of setup() for the compiled library."""
     # torch would guess it from an nvcc on PATH, which may be a wrapper script
     os.environ["CUDA_HOME"] = str(cuda_home)
@@ -113,30 +131,14 @@ def extension_arguments(cuda_home: Path) -> dict:
     defines = [
         "-DUSE_CUDA",
         f"-DTORCH_TARGET_VERSION={target}",
-        f"-DFASTSHARD_CUDA_ARCHS={cuda_archs().replace(';', ',')}",
+        # spaces: nvcc would cut the definition at commas
+        f"-DFASTSHARD_CUDA_ARCHS={cuda_archs().replace(';', ' ')}",
     ]
     prefix_map = f"-ffile-prefix-map={ROOT}=."
     cxx = ["-O3", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", prefix_map, *defines]
-    nvcc = [
-        "-O3",
-        "-std=c++20",
-        "--compress-mode=size",
-        "-Xptxas=-warn-spills",
-        f"-Xcompiler=-fvisibility=hidden,-g0,{prefix_map}",
-        *defines,
-        # torch's flags forbid the operators of the 16-bit types, which kernels use
-        *(
-            f"-U__CUDA_NO_{name}__"
-            for name in (
-                "HALF_OPERATORS",
-                "HALF_CONVERSIONS",
-                "HALF2_OPERATORS",
-                "BFLOAT16_CONVERSIONS",
-            )
-        ),
-    ]
-    if os.environ.get("FASTSHARD_LINEINFO") == "1":
-        nvcc.append("-lineinfo")
+    # torch adds no -gencode where any flag has "arch" in it, as the path of a checkout may
+    nvcc = cpp_extension._get_cuda_arch_flags()
+    nvcc += nvcc_flags(version, defines, ["-fvisibility=hidden", "-g0", prefix_map])
 
     # Relative, as setuptools demands.
     sources = [
@@ -166,7 +168,10 @@ def extension_arguments(cuda_home: Path) -> dict:
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": cpp_extension.BuildExtension, "build_py": BuildPy},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {
+            "bdist_wheel": {"py_limited_api": "cp310"},
+            "egg_info": {"tag_build": local_version(version)},
+        },
     }
 
 
@@ -176,7 +181,7 @@ def main() -> None:
     if wants_cuda(cuda_home):
         version = cuda_version(cuda_home)
         try:
-            arguments = extension_arguments(cuda_home)
+            arguments = extension_arguments(cuda_home, version)
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise

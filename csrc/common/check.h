@@ -16,6 +16,10 @@
 
 namespace fastshard {
 
+constexpr int kCudaMajor = CUDART_VERSION / 1000;  // of the static runtime in the wheel
+static_assert(kCudaMajor == 12 || kCudaMajor == 13, "kMinDriver knows CUDA 12 and 13");
+constexpr int kMinDriver = kCudaMajor == 12 ? 525 : 580;  // CUDA release notes, minor version compatibility
+
 // The error says what to do where the wheel holds no code for the device, or the driver is too old for its runtime.
 [[noreturn]] inline void throw_cuda_error(cudaError_t error, const char* call) {
   (void)cudaGetLastError();  // leave no sticky error behind for the next launch
@@ -30,7 +34,8 @@ namespace fastshard {
                 std::to_string(prop.major) + "." + std::to_string(prop.minor) + "\"";
     }
   } else if (error == cudaErrorInsufficientDriver) {
-    message += ": CUDA 13 needs an NVIDIA driver of version 580 or newer";
+    message += ": CUDA " + std::to_string(kCudaMajor) + " needs an NVIDIA driver of version " +
+               std::to_string(kMinDriver) + " or newer";
   }
   throw std::runtime_error(message);
 }
