@@ -3,11 +3,11 @@
     python .ci/check_machine_code.py fastshard-*.whl
 
 Fails unless, by .ci/machine_code.toml,
-- the library holds a cubin for each `required_cubins` and PTX for each `required_ptx`,
+- the library holds machine code and PTX for what the wheel says that it was compiled for, no more,
 - no kernel uses local memory (a stack or spills), apart from the allow list, which gives a reason,
 - no kernel has static shared memory: all of it is the SharedStorage struct that launch.cuh holds to
   101,376 bytes when compiling, and no source launches a kernel in another way,
-- every kernel is compiled once,
+- every kernel is compiled once for each architecture,
 - every kernel that claims tensor cores has HMMA instructions of its own dtype, fp16 and bf16 both.
 
 Needs cuobjdump and nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
@@ -43,13 +43,19 @@ machine_code = load_reader()
 Kernel = machine_code.Kernel
 
 
-def check_images(library: str, rules: dict) -> list[str]:
-    """The architectures that the library was asked to hold."""
+def check_images(cubins: set[str], ptx: set[str], archs: str) -> list[str]:
+    """The library's images, like sm_86 and compute_86, are those of `archs`, like "8.0;8.6+PTX"."""
+    asked = [arch.replace(".", "") for arch in archs.split(";")]
+    wanted = {f"sm_{arch.removesuffix('+PTX')}" for arch in asked}
+    wanted |= {f"compute_{arch.removesuffix('+PTX')}" for arch in asked if arch.endswith("+PTX")}
+    missing = [f"no code for {name}, of {archs}" for name in sorted(wanted - cubins - ptx)]
+    return missing + [f"code for {name}, not of {archs}" for name in sorted((cubins | ptx) - wanted)]
+
+
+def read_images(library: str) -> tuple[set[str], set[str]]:
     cubins = set(re.findall(r"sm_\w+", machine_code.cuobjdump("--list-elf", library)))
     ptx = set(re.findall(r"sm_\w+|compute_\w+", machine_code.cuobjdump("--list-ptx", library)))
-    ptx = {name.replace("sm_", "compute_") for name in ptx}
-    missing = [f"no {name} machine code" for name in rules["required_cubins"] if name not in cubins]
-    return missing + [f"no {name} PTX" for name in rules["required_ptx"] if name not in ptx]
+    return cubins, {name.replace("sm_", "compute_") for name in ptx}
 
 
 def check_kernel(kernel: Kernel, rules: dict) -> list[str]:
@@ -70,7 +76,11 @@ def check_kernel(kernel: Kernel, rules: dict) -> list[str]:
 
 def check_compiled_once(kernels: list[Kernel]) -> list[str]:
     counts = collections.Counter((kernel.arch, kernel.name) for kernel in kernels)
-    return [f"{arch} {name}: compiled {n} times" for (arch, name), n in counts.items() if n > 1]
+    errors = [f"{arch} {name}: compiled {n} times" for (arch, name), n in counts.items() if n > 1]
+    for arch in sorted({kernel.arch for kernel in kernels}):
+        names = dict.fromkeys(kernel.name for kernel in kernels)
+        errors += [f"{arch} {name}: not compiled" for name in names if (arch, name) not in counts]
+    return errors
 
 
 def check_rules_used(kernels: list[Kernel], rules: dict) -> list[str]:
@@ -106,7 +116,9 @@ def main() -> None:
     rules = tomllib.loads((ROOT / ".ci" / "machine_code.toml").read_text())
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         library = archive.extract("fastshard/_C.abi3.so", folder)
-        errors = check_images(library, rules) + check_sources(ROOT / "csrc")
+        record = archive.read("fastshard/_build_info.py").decode()
+        (archs,) = re.findall(r"^CUDA_ARCHS = '(.+)'$", record, re.M)
+        errors = check_images(*read_images(library), archs) + check_sources(ROOT / "csrc")
         kernels = machine_code.read_kernels(library)
     errors += check_rules_used(kernels, rules) + check_compiled_once(kernels)
     print("\n".join(machine_code.table([kernel.to_dict() for kernel in kernels])))
