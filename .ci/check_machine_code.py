@@ -45,11 +45,13 @@ Kernel = machine_code.Kernel
 
 def check_images(cubins: set[str], ptx: set[str], archs: str) -> list[str]:
     """The library's images, like sm_86 and compute_86, are those of `archs`, like "8.0;8.6+PTX"."""
-    asked = [arch.replace(".", "") for arch in archs.split(";")]
-    wanted = {f"sm_{arch.removesuffix('+PTX')}" for arch in asked}
-    wanted |= {f"compute_{arch.removesuffix('+PTX')}" for arch in asked if arch.endswith("+PTX")}
-    missing = [f"no code for {name}, of {archs}" for name in sorted(wanted - cubins - ptx)]
-    return missing + [f"code for {name}, not of {archs}" for name in sorted((cubins | ptx) - wanted)]
+    wanted = set()
+    for arch in archs.replace(".", "").split(";"):
+        number, _, ptx_too = arch.partition("+")
+        wanted |= {f"sm_{number}", f"compute_{number}"} if ptx_too else {f"sm_{number}"}
+    found = cubins | ptx
+    missing = [f"no code for {name}, of {archs}" for name in sorted(wanted - found)]
+    return missing + [f"code for {name}, not of {archs}" for name in sorted(found - wanted)]
 
 
 def read_images(library: str) -> tuple[set[str], set[str]]:

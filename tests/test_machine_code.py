@@ -28,9 +28,30 @@ def check():
     return module
 
 
-def kernel(check, name, *, stack=0, shared=0, **instructions):
+def kernel(check, name, *, arch="sm_86", stack=0, shared=0, **instructions):
     counts = collections.Counter({key.replace("_", "."): n for key, n in instructions.items()})
-    return check.Kernel(name, "sm_86", 32, stack, shared, counts)
+    return check.Kernel(name, arch, 32, stack, shared, counts)
+
+
+@pytest.mark.parametrize(
+    ("archs", "errors"),
+    [
+        ("8.6+PTX", []),
+        ("8.6", ["code for compute_86, not of 8.6"]),
+        ("9.0a;8.6+PTX", ["no code for sm_90a, of 9.0a;8.6+PTX"]),
+        (
+            "8.0+PTX",
+            [
+                "no code for compute_80, of 8.0+PTX",
+                "no code for sm_80, of 8.0+PTX",
+                "code for compute_86, not of 8.0+PTX",
+                "code for sm_86, not of 8.0+PTX",
+            ],
+        ),
+    ],
+)
+def test_images_are_those_that_the_wheel_claims(check, archs, errors):
+    assert check.check_images({"sm_86"}, {"compute_86"}, archs) == errors
 
 
 @pytest.mark.parametrize(
@@ -65,6 +86,11 @@ def test_a_rule_that_matches_nothing_is_an_error(check):
 def test_a_kernel_that_is_compiled_twice_is_an_error(check):
     kernels = [kernel(check, name) for name in ("a<1>", "a<2>", "a<1>")]
     assert check.check_compiled_once(kernels) == ["sm_86 a<1>: compiled 2 times"]
+
+
+def test_a_kernel_that_an_architecture_lacks_is_an_error(check):
+    kernels = [kernel(check, "a"), kernel(check, "b"), kernel(check, "b", arch="sm_90")]
+    assert check.check_compiled_once(kernels) == ["sm_90 a: not compiled"]
 
 
 def test_sources_launch_in_one_way(check, tmp_path):
