@@ -9,14 +9,22 @@ from pathlib import Path
 import torch
 
 import fastshard
-from fastshard import ops
+from fastshard import build_record, ops
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+def cuda_major_of(cuda_version: str) -> str:
+    """What the version of a wheel says of its CUDA; nothing of 13, nor of none."""
+    major = cuda_version.split(".")[0]
+    return "" if major in ("", "13") else f"cu{major}"
+
+
 def test_tests_import_the_installed_wheel():
     assert not Path(fastshard.__file__).is_relative_to(CHECKOUT / "fastshard")
-    assert importlib.metadata.version("fastshard") == fastshard.__version__
+    version, _, local = importlib.metadata.version("fastshard").partition("+")
+    assert version == fastshard.__version__
+    assert local == cuda_major_of(build_record.CUDA_VERSION)
 
 
 def test_build_record_matches_the_wheel():
