@@ -5,6 +5,7 @@
 Fails unless, by .ci/machine_code.toml,
 - the library holds machine code and PTX for what the wheel says that it was compiled for, no more,
 - no kernel uses local memory (a stack or spills), apart from the allow list, which gives a reason,
+  and may bound the architectures and the bytes,
 - no kernel has static shared memory: all of it is the SharedStorage struct that launch.cuh holds to
   101,376 bytes when compiling, and no source launches a kernel in another way,
 - every kernel is compiled once for each architecture,
@@ -60,9 +61,20 @@ def read_images(library: str) -> tuple[set[str], set[str]]:
     return cubins, {name.replace("sm_", "compute_") for name in ptx}
 
 
+def is_meant(kernel: Kernel, rule: dict) -> bool:
+    """Whether a rule of the allow list is for the kernel; it names architectures, or is for all."""
+    return re.search(rule["kernel"], kernel.name) and kernel.arch in rule.get(
+        "archs", [kernel.arch]
+    )
+
+
+def may_use_local(kernel: Kernel, rule: dict) -> bool:
+    return is_meant(kernel, rule) and kernel.stack <= rule.get("max_stack", kernel.stack)
+
+
 def check_kernel(kernel: Kernel, rules: dict) -> list[str]:
     errors = []
-    allowed = any(re.search(rule["kernel"], kernel.name) for rule in rules.get("allow_local", []))
+    allowed = any(may_use_local(kernel, rule) for rule in rules.get("allow_local", []))
     if (kernel.stack or kernel.local_instructions) and not allowed:
         errors.append(
             f"{kernel.stack} bytes of stack, {kernel.local_instructions} local-memory instructions"
@@ -87,10 +99,12 @@ def check_compiled_once(kernels: list[Kernel]) -> list[str]:
 
 def check_rules_used(kernels: list[Kernel], rules: dict) -> list[str]:
     """A rule that matches nothing guards nothing; a tensor-core family has both dtypes."""
+    archs = {kernel.arch for kernel in kernels}
     errors = [
         f"allow_local rule {rule['kernel']!r} matches no kernel"
         for rule in rules.get("allow_local", [])
-        if not any(re.search(rule["kernel"], kernel.name) for kernel in kernels)
+        if archs & set(rule.get("archs", archs))
+        and not any(is_meant(kernel, rule) for kernel in kernels)
     ]
     for pattern in rules["tensor_cores"]:
         for name in HMMA_OF_TYPE:

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RULES = {
     "tensor_cores": [r"\battention_kernel<"],
-    "allow_local": [{"kernel": "sample_kernel", "reason": "a test"}],
+    "allow_local": [
+        {"kernel": "sample_kernel", "reason": "a test"},
+        {"kernel": "rope_kernel", "archs": ["sm_90"], "max_stack": 8, "reason": "a test"},
+    ],
 }
 
 if sys.version_info < (3, 11):
@@ -73,6 +76,23 @@ def test_kernel_rules(check, name, usage, error):
     errors = check.check_kernel(kernel(check, name, **usage), RULES)
     assert len(errors) == (error is not None)
     assert error is None or error in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arch", "stack", "allowed"), [("sm_90", 8, True), ("sm_90", 16, False), ("sm_86", 8, False)]
+)
+def test_local_memory_is_allowed_of_an_architecture_up_to_a_size(check, arch, stack, allowed):
+    rope = kernel(check, "rope_kernel<float>", arch=arch, stack=stack)
+    assert (check.check_kernel(rope, RULES) == []) == allowed
+
+
+def test_a_rule_for_an_architecture_counts_where_that_is_compiled_for(check):
+    names = ("attention_kernel<__half>", "attention_kernel<__nv_bfloat16>", "sample_kernel<float>")
+    kernels = [kernel(check, name) for name in names]
+    assert check.check_rules_used(kernels, RULES) == []
+    kernels.append(kernel(check, "sample_kernel<float>", arch="sm_90"))
+    errors = check.check_rules_used(kernels, RULES)
+    assert errors == ["allow_local rule 'rope_kernel' matches no kernel"]
 
 
 def test_a_rule_that_matches_nothing_is_an_error(check):
