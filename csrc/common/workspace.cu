@@ -87,7 +87,7 @@ Workspace workspace(WorkspaceUser user, int64_t bytes, cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
   cudaGraph_t graph = nullptr;
-  FS_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &capture, &graph, nullptr, nullptr, nullptr));
+  FS_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &capture, &graph));
   if (status != cudaStreamCaptureStatusActive) capture = 0;
 
   Pool& all = pool();
