@@ -103,6 +103,17 @@ def test_a_rule_that_matches_nothing_is_an_error(check):
     ]
 
 
+@pytest.mark.parametrize(
+    ("arch", "reported", "static"),
+    [("sm_86", 1024, 1024), ("sm_90", 1024, 0), ("sm_90a", 1040, 16), ("sm_90", 0, 0)],
+)
+def test_what_the_system_reserves_is_no_static_shared_memory(check, arch, reported, static):
+    rope = kernel(check, "rope_kernel<float>", arch=arch)
+    usage = f"  Function k:\n  REG:32 STACK:0 SHARED:{reported} LOCAL:0 CONSTANT[0]:528\n"
+    check.machine_code._read_usage({"k": rope}, usage)
+    assert rope.static_shared == static
+
+
 def test_a_kernel_that_is_compiled_twice_is_an_error(check):
     kernels = [kernel(check, name) for name in ("a<1>", "a<2>", "a<1>")]
     assert check.check_compiled_once(kernels) == ["sm_86 a<1>: compiled 2 times"]

@@ -326,6 +326,8 @@ def _read_usage(kernels: dict[str, Kernel], text: str) -> None:
         kernel = kernels[name]
         kernel.registers, kernel.stack = values["REG"], values["STACK"]
         kernel.static_shared = values.get("SHARED", 0)
+        if int(re.match(r"sm_(\d+)", kernel.arch)[1]) >= 90:  # what the system reserves is in it
+            kernel.static_shared = max(kernel.static_shared - RESERVED_SHARED_BYTES, 0)
 
 
 def _read_instructions(kernels: dict[str, Kernel], text: str) -> None:
