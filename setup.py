@@ -13,11 +13,10 @@ Environment:
     MAX_JOBS              parallel compiler processes
 """
 
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -25,38 +24,30 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-DEFAULT_ARCHS = "8.6+PTX"
 TORCH_TARGET = (2, 11)  # the oldest torch that the binary serves
 
 
-def find_cuda_home() -> Path | None:
-    """The first usual place with both nvcc and the headers; CUDA_HOME overrides the search."""
-    if os.environ.get("CUDA_HOME"):
-        return Path(os.environ["CUDA_HOME"])
-    nvcc = shutil.which("nvcc")
-    candidates = [
-        os.environ.get("CUDA_PATH"),
-        "/usr/local/cuda",
-        nvcc and Path(nvcc).resolve().parent.parent,
-        Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13",
-    ]
-    for candidate in filter(None, candidates):
-        home = Path(candidate)
-        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
-            return home
-    return None
+def load_nvcc():
+    """The package's module, by its path: the package around it imports torch."""
+    path = ROOT / "fastshard" / "tune" / "nvcc.py"
+    spec = importlib.util.spec_from_file_location("nvcc", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nvcc = load_nvcc()
 
 
 def wants_cuda(cuda_home: Path | None) -> bool:
     choice = os.environ.get("FASTSHARD_BUILD_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"FASTSHARD_BUILD_CUDA must be auto, 0 or 1, got {choice!r}")
-    found = cuda_home is not None and (cuda_home / "bin" / "nvcc").exists()
+    found = nvcc.has_nvcc(cuda_home)
     if choice == "1" and not found:
         raise SystemExit(
             "FASTSHARD_BUILD_CUDA=1 needs a CUDA toolkit with nvcc, found none "
-            f"(CUDA_HOME={cuda_home}); set CUDA_HOME, or "
-            "pip install 'cuda-toolkit[nvcc,cudart,cccl,crt]'"
+            f"(CUDA_HOME={cuda_home}); {nvcc.HOW_TO_GET_IT}"
         )
     return found and choice != "0"
 
@@ -64,12 +55,7 @@ def wants_cuda(cuda_home: Path | None) -> bool:
 def cuda_archs() -> str:
     """Semicolon-separated, e.g. "8.6+PTX"; torch accepts spaces too."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    return re.sub(r"[;\s]+", ";", asked) or DEFAULT_ARCHS
-
-
-def cuda_version(cuda_home: Path) -> str:
-    text = subprocess.check_output([cuda_home / "bin" / "nvcc", "--version"], text=True)
-    return re.search(r"release (\d+\.\d+)", text)[1]
+    return re.sub(r"[;\s]+", ";", asked) or nvcc.DEFAULT_ARCHS
 
 
 class BuildPy(build_py):
@@ -117,10 +103,8 @@ def extension_arguments(cuda_home: Path) -> dict:
     ]
     prefix_map = f"-ffile-prefix-map={ROOT}=."
     cxx = ["-O3", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", prefix_map, *defines]
-    nvcc = [
-        "-O3",
-        "-std=c++20",
-        "--compress-mode=size",
+    nvcc_flags = [
+        *nvcc.FLAGS,
         "-Xptxas=-warn-spills",
         f"-Xcompiler=-fvisibility=hidden,-g0,{prefix_map}",
         *defines,
@@ -136,7 +120,7 @@ def extension_arguments(cuda_home: Path) -> dict:
         ),
     ]
     if os.environ.get("FASTSHARD_LINEINFO") == "1":
-        nvcc.append("-lineinfo")
+        nvcc_flags.append("-lineinfo")
 
     # Relative, as setuptools demands.
     sources = [
@@ -148,7 +132,7 @@ def extension_arguments(cuda_home: Path) -> dict:
         "fastshard._C",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc_flags},
         py_limited_api=True,
     )
     # Only what the stable ABI needs: CUDAExtension adds c10, torch_python, a shared CUDA runtime.
@@ -171,10 +155,10 @@ def extension_arguments(cuda_home: Path) -> dict:
 
 
 def main() -> None:
-    cuda_home = find_cuda_home()
+    cuda_home = nvcc.find_cuda_home()
     arguments = {"cmdclass": {"build_py": BuildPy}}
     if wants_cuda(cuda_home):
-        version = cuda_version(cuda_home)
+        version = nvcc.cuda_version(cuda_home)
         try:
             arguments = extension_arguments(cuda_home)
         except ModuleNotFoundError as error:
