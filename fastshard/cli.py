@@ -223,6 +223,13 @@ def _add_tune(commands) -> None:
     add("--study", metavar="FILE", help="measurements: kept, and not made again")
     add("--replay", action="store_true", help="measure nothing, search what --study holds")
     add("--output", metavar="FILE", help="the table (default: that of this user and GPU)")
+    add(
+        "--patch",
+        metavar="FILE",
+        help="compile variants outside the menus too, and write a patch that adds the winners: for "
+        "git apply in a checkout (needs nvcc)",
+    )
+    add("--source", metavar="DIR", help="the checkout for --patch (default: this folder)")
     add("--plot", metavar="FILE", help=f"draw the gain over time, {_PLOT}")
     add(
         "--on-paper",
@@ -256,6 +263,8 @@ def run_tune(args: argparse.Namespace) -> int:
             study_path=path(args.study),
             replays=args.replay,
             output=path(args.output),
+            patch_path=path(args.patch),
+            source=path(args.source),
             plot_path=path(args.plot),
             say=lambda line: print(line, flush=True),
             advance=lambda share: progress.update(round(1000 * share), 1000),

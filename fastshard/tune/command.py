@@ -12,17 +12,23 @@ import torch
 
 from fastshard.bench.presets import PRESETS, preset
 from fastshard.environment import cache_dir
+from fastshard.files import replace_text
 from fastshard.ops import variants
 from fastshard.ops.variants import Entry, Table, key_shape
 from fastshard.tune import model, recorded, shapes
+from fastshard.tune.compiler import Compiler, CompilingMeasurer, checkout
 from fastshard.tune.measure import GpuMeasurer
-from fastshard.tune.problem import SIZES, Problem
+from fastshard.tune.patch import menu_patch
+from fastshard.tune.problem import SIZES, Measurer, Problem
 from fastshard.tune.recorded import Recorder, Replay, Study
-from fastshard.tune.search import MIN_GAIN, NEAR_LIMIT, Found, Generation, Search, mean_gain
+from fastshard.tune.report import generation_line, summary
+from fastshard.tune.search import MIN_GAIN, Found, Generation, Search, mean_gain
+from fastshard.tune.space import MENU, OPEN
 
 MIN_BUDGET = 5.0
 """Seconds: one generation of one problem and its confirmation take about as long."""
 INTERRUPTED = 130
+_ENDS = ("winner", "addition")  # of Found: for the table, for the patch of the menu
 
 
 def run(
@@ -36,6 +42,8 @@ def run(
     study_path: Path | None = None,
     replays: bool = False,
     output: Path | None = None,
+    patch_path: Path | None = None,
+    source: Path | None = None,
     plot_path: Path | None = None,
     say: Callable[[str], None] = print,
     advance: Callable[[float], None] = lambda share: None,
@@ -52,6 +60,9 @@ def run(
         study_path: Measurements, kept and not made again; by default in the cache folder.
         replays: Measure nothing: play the study back.
         output: The table, merged with what is there; by default the user's, which the kernels use.
+        patch_path: Also compile variants that are not in the menus, and write here a patch that
+            adds those that win; they are never in the table.
+        source: Of the patch, and of what is compiled: a checkout, by default the working directory.
         plot_path: Gain so far over seconds, PNG or SVG.
         say: Is given each line.
         advance: Is given the share of the budget that is spent.
@@ -61,8 +72,9 @@ def run(
         comes after it.
 
     Raises:
-        ValueError: an op, model or strategy is unknown, the budget too small, a file unreadable.
-        RuntimeError: there is no GPU, Optuna or matplotlib.
+        ValueError: an op, model or strategy is unknown, the budget too small, a file unreadable,
+            ``source`` no checkout of this version.
+        RuntimeError: there is no GPU, Optuna or matplotlib; or no nvcc for a patch.
     """
     problems = _problems(model_name, ops, dtype)
     if budget < MIN_BUDGET:
@@ -71,6 +83,10 @@ def run(
         from fastshard.bench import plot
 
         plot.check(plot_path)
+    if patch_path is not None:
+        source = checkout(source or Path.cwd())
+    elif source is not None:
+        raise ValueError("a source is of use only for a patch of the menu, and none is asked for")
     with ExitStack() as stack:
         if replays:
             if study_path is None:
@@ -78,9 +94,8 @@ def run(
             measurer = Replay(recorded.read(study_path))
             figures = model.H200
         else:
-            gpu = stack.enter_context(GpuMeasurer(seed=seed))
-            study_path = study_path or cache_dir() / "studies" / f"{_slug(gpu.device)}.json"
-            measurer = Recorder(gpu, _study_of(study_path, gpu.device), study_path)
+            compiler = patch_path and Compiler(source, cache_dir() / "instances")
+            measurer = _recorder(stack, seed, study_path, compiler)
             figures = model.figures_of(torch.cuda.get_device_capability())
         output = output or variants.user_tables_dir() / f"{_slug(measurer.device)}.json"
         old = _table_at(output, measurer.device)
@@ -91,6 +106,7 @@ def run(
             strategy=strategy,
             seed=seed,
             figures=figures,
+            space=MENU if patch_path is None else OPEN,
             known=lambda p: chosen.get((p.op, p.dtype, key_shape(p.op, p.shape))),
         )
         say(f"{measurer.device}: {len(problems)} problems of {model_name}, {strategy}")
@@ -100,7 +116,7 @@ def run(
         def report(generation: Generation) -> None:
             steps.append((generation.spent, mean_gain(search.found)))
             advance(min(generation.spent / budget, 1.0))
-            say(_generation_line(generation))
+            say(generation_line(generation))
 
         status = 0
         try:
@@ -108,12 +124,13 @@ def run(
         except KeyboardInterrupt:
             say("interrupted: what was found so far is timed once more and kept")
             status = INTERRUPTED
-        confirmed = [_confirm(found, measurer, say) for found in search.found]
-    entries = [entry for entry in confirmed if entry is not None]
+        entries, additions = (_confirmed(search.found, which, measurer, say) for which in _ENDS)
     variants.write_table(output, _merged(old, search.found, entries))
-    for line in _summary(search.found, entries):
+    for line in summary(search.found, entries, additions):
         say(line)
     say(f"{len(entries)} entries written to {output}")
+    if patch_path is not None:
+        _write_patch(patch_path, source, additions, say)
     if plot_path is not None:
         from fastshard.tune import progress_plot
 
@@ -188,6 +205,17 @@ def _problems(model_name: str, ops: Sequence[str] | None, dtype: str) -> list[Pr
     return chosen
 
 
+def _recorder(
+    stack: ExitStack, seed: int, path: Path | None, compiler: Compiler | None
+) -> Recorder:
+    """What measures on this GPU, and keeps that in a study."""
+    library = {} if compiler is None else {"library": compiler.library}
+    gpu = stack.enter_context(GpuMeasurer(seed=seed, **library))
+    path = path or cache_dir() / "studies" / f"{_slug(gpu.device)}.json"
+    measurer = gpu if compiler is None else CompilingMeasurer(gpu, compiler)
+    return Recorder(measurer, _study_of(path, gpu.device), path)
+
+
 def _study_of(path: Path, device: str) -> Study:
     if not path.exists():
         return Study(device, version("fastshard"))
@@ -210,18 +238,38 @@ def _table_at(path: Path, device: str) -> Table:
     return table
 
 
-def _confirm(found: Found, measurer, say: Callable[[str], None]) -> Entry | None:
-    """The entry of a winner that wins again in a fresh process."""
-    problem, variant = found.problem, found.winner
-    if variant is None:
-        return None
-    again = measurer.confirm(problem, variant)
-    if again.ratio > 1 - MIN_GAIN:
-        why = again.reason or f"{again.ratio:.3f} of auto's time"
-        say(f"{problem}: {variant} was not confirmed: {why}")
-        found.measured[variant] = replace(again, us=None, reason=f"not confirmed: {why}")
-        return None
-    return Entry(problem.op, problem.dtype, problem.shape, variant)
+def _confirmed(
+    founds: Sequence[Found],
+    which: str,
+    measurer: Measurer,
+    say: Callable[[str], None],
+) -> list[Entry]:
+    """The winners, or the additions, that win again in a fresh process."""
+    entries = []
+    for found in founds:
+        problem, variant = found.problem, getattr(found, which)
+        if variant is None:
+            continue
+        again = measurer.confirm(problem, variant)
+        to_beat = 1.0 if which == "winner" else found.best_of_menu[1]
+        if again.ratio > to_beat * (1 - MIN_GAIN):
+            why = again.reason or f"{again.ratio:.3f} of auto's time"
+            say(f"{problem}: {variant} was not confirmed: {why}")
+            found.measured[variant] = replace(again, us=None, reason=f"not confirmed: {why}")
+        else:
+            entries.append(Entry(problem.op, problem.dtype, problem.shape, variant))
+    return entries
+
+
+def _write_patch(
+    path: Path, source: Path, additions: Sequence[Entry], say: Callable[[str], None]
+) -> None:
+    text = menu_patch(source, [(entry.op, entry.variant) for entry in additions])
+    if text == "":
+        say(f"no variant to add to the menus: {path} is not written")
+        return
+    replace_text(path, text)
+    say(f"patch of the menus written to {path}: git apply it in {source}, build, and tune again")
 
 
 def _merged(old: Table, founds: Sequence[Found], entries: Sequence[Entry]) -> Table:
@@ -233,38 +281,6 @@ def _merged(old: Table, founds: Sequence[Found], entries: Sequence[Entry]) -> Ta
 
 def _key(of: Problem | Entry) -> tuple[int, ...]:
     return key_shape(of.op, of.shape)
-
-
-def _generation_line(generation: Generation) -> str:
-    found = generation.found
-    name, ratio = found.best
-    measured = len(found.measured)
-    return (
-        f"{generation.spent:7.1f} s  generation {generation.number:<2} "
-        f"{found.problem!s:<52} {generation.new} new of {measured}, "
-        f"{len(found.left_out)} left out, best {name} {1 / ratio:.3f}x"
-    )
-
-
-def _summary(founds: Sequence[Found], entries: Sequence[Entry]) -> list[str]:
-    lines = []
-    for entry in entries:
-        found = next(
-            f for f in founds if _key(f.problem) == _key(entry) and f.problem.op == entry.op
-        )
-        best = found.measured[entry.variant]
-        lines.append(
-            f"{found.problem!s:<52} {entry.variant:<14} {best.us:9.2f} us, "
-            f"auto {best.auto_us:9.2f} us, {best.auto_us / best.us:.3f}x"
-        )
-    tried = [found for found in founds if found.measured]
-    far = [found for found in tried if not found.is_near_limit]
-    lines.append(
-        f"geometric mean of auto / best: {mean_gain(tried):.4f} of {len(tried)} problems, "
-        f"{mean_gain(far):.4f} of the {len(far)} that are not within "
-        f"{100 * (NEAR_LIMIT - 1):.0f} % of the device's limit"
-    )
-    return lines
 
 
 def _slug(device: str) -> str:
