@@ -81,7 +81,7 @@ class Compiler:
             "-Xcompiler=-fPIC,-fvisibility=hidden,-g0",
             f"-I{source / 'csrc'}",
         ]
-        self._folder = folder
+        self._source, self._folder = source, folder
         self._identity = hashlib.sha256(repr((release, self._command[1:-1])).encode())
         for path in sorted((source / "csrc").rglob("*")):
             if path.suffix in (".h", ".cuh"):
@@ -118,7 +118,8 @@ class Compiler:
                 run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
             except subprocess.TimeoutExpired:
                 return f"nvcc took more than {TIMEOUT:g} s"
-            reason = why_unusable(run.returncode, run.stdout + run.stderr)
+            said = (run.stdout + run.stderr).replace(f"{self._source}/", "")
+            reason = why_unusable(run.returncode, said)
             if reason is None:
                 os.replace(made, library)
         return reason

@@ -60,6 +60,7 @@ def _with_line(text: str, begin: str, end: str, line: str, path: Path) -> str:
         )
     first = lines.index(begin)
     last = lines.index(end, first)
-    if line in lines[first:last]:
+    key = line.split(",")[0] if '"' in line else line  # a name, or two numbers
+    if any(each.startswith(key) for each in lines[first:last]):
         return text
     return "\n".join([*lines[:last], line, *lines[last:]])
