@@ -5,17 +5,20 @@ import os
 import re
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastshard.ops.variants import key_shape
-from fastshard.tune import observe
+from fastshard.tune import nvcc, observe
+from fastshard.tune.compiler import Compiler, CompilingMeasurer
 from fastshard.tune.measure import Asker, GpuMeasurer, Observation, judge
 from fastshard.tune.problem import AUTO, Problem
 from fastshard.tune.worker import Worker, WorkerFailed
 from helpers import CUDA_ONLY
 
+ROOT = Path(__file__).parents[2]
 GOOD = {
     "errors": [[1e-3, 1e-3], [2e-3, 1e-3]],
     "timing": (8.0, 7.9, 8.2),
@@ -115,6 +118,11 @@ def answer(request):
 def pid(request):
     yield {"pid": os.getpid(), "seed": request["seed"]}
 
+def libraries(request):
+    yield {"begins": "auto"}
+    for name in request["variants"]:
+        yield {"variant": name, "failure": str(request["libraries"].get(name))}
+
 def counts(request):
     for number in range(3):
         yield {"number": number, "of": request["of"]}
@@ -147,6 +155,17 @@ def test_an_answer(asker):
     assert (good.us, good.auto_us, good.reason) == (8.0, 10.0, None)
     assert raises.reason == "no such variant"
     assert wrong.reason.startswith("error 1.0e+00")
+
+
+def test_the_process_is_told_where_libraries_are(environment):
+    def library(problem, variant):
+        return Path("/a.so") if (problem, variant) == (PROBLEM, "96x3") else None
+
+    asker = Asker("backend:libraries", seed=0, timeout=20, environment=environment, library=library)
+    found = asker(PROBLEM, ["96x3", "64x2"])
+    assert [each.reason for each in found] == ["/a.so", "None"]
+    assert asker.confirm(PROBLEM, "96x3").reason == "/a.so"
+    asker.close()
 
 
 @pytest.mark.parametrize(
@@ -304,8 +323,34 @@ def test_a_wrong_kernel_is_found(device, monkeypatch):
 
     monkeypatch.setattr(observe.inputs, "make", make)
     request = {"op": problem.op, "dtype": problem.dtype, "shape": problem.shape, "seed": 0}
+    request["libraries"] = {}
     seen = list(observe.observe(request | {"variants": ["library"]}))
     errors = {m["variant"]: m["errors"] for m in seen if "errors" in m}
     assert all(pair[0] is None for pair in errors["library"])
     assert all(pair[0] <= 2 * pair[1] for pair in errors[AUTO])
     assert list(seen[-1]["timings"]) == [AUTO]
+
+
+@CUDA_ONLY
+@pytest.mark.skipif(not nvcc.has_nvcc(nvcc.find_cuda_home()), reason="there is no nvcc")
+def test_measures_what_is_not_in_the_menu(device, tmp_path):
+    compiler = Compiler(ROOT, tmp_path)
+    problems = [
+        (Problem("rms_norm", "bfloat16", (64, 4096)), ["320x2", "128x4"]),
+        (Problem("fused_mlp", "bfloat16", (64, 512, 1024)), ["tiles_64x64_32x4_2x2", "tiles"]),
+    ]
+    with GpuMeasurer(library=compiler.library) as gpu:
+        measurer = CompilingMeasurer(gpu, compiler)
+        for problem, variants in problems:
+            for found in measurer(problem, variants):
+                assert found.reason is None
+                assert found.us > 0
+            assert measurer.confirm(problem, variants[0]).reason is None
+
+
+@CUDA_ONLY
+def test_a_library_that_is_none_is_a_reason(device, tmp_path):
+    (tmp_path / "a.so").write_text("no library")
+    with GpuMeasurer(library=lambda problem, variant: tmp_path / "a.so") as gpu:
+        (found,) = gpu(Problem("rms_norm", "bfloat16", (4, 64)), ["96x3"])
+    assert "a.so" in found.reason
