@@ -174,7 +174,8 @@ namespace row_detail {
 
 // Rows that a part of a warp holds share blocks of 128 threads.
 template <RowVariant kVariant>
-using ConfigOf = RowConfig<kVariant.threads_per_row, kVariant.threads_per_row <= 32 ? 128 / kVariant.threads_per_row : 1,
+using ConfigOf = RowConfig<kVariant.threads_per_row,
+                           kVariant.threads_per_row <= 32 ? 128 / kVariant.threads_per_row : 1,
                            kVariant.vecs_per_thread>;
 
 template <size_t... kIndices>

@@ -31,8 +31,9 @@ Instance find_instance(const std::string& op, ScalarType dtype, const std::strin
 
 void Instance::run(const void* params, size_t bytes, cudaStream_t stream) const {
   if (bytes != params_bytes) {
-    throw std::runtime_error("an instance takes " + std::to_string(params_bytes) + " bytes of parameters, this build has " +
-                             std::to_string(bytes) + ": it was compiled from another csrc");
+    throw std::runtime_error("an instance takes " + std::to_string(params_bytes) +
+                             " bytes of parameters, this build has " + std::to_string(bytes) +
+                             ": it was compiled from another csrc");
   }
   if (const char* failure = launch(params, stream)) throw std::runtime_error(failure);
 }

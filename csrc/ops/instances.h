@@ -7,8 +7,8 @@
 
 namespace fastshard {
 
-// From now on `op` runs this where it is asked for the variant with tensors of the dtype, like "bfloat16". params_bytes:
-// size of what the launcher takes.
+// From now on `op` runs this where it is asked for the variant with tensors of the dtype, like "bfloat16".
+// params_bytes: size of what the launcher takes.
 void add_instance(const std::string& op, const std::string& dtype, const std::string& variant, size_t params_bytes,
                   FastshardInstance launch);
 

@@ -121,7 +121,6 @@ Tensor tiled_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& d
   return torch::stable::reshape(out, shape_of(x));
 }
 
-
 bool is_auto(const std::string& variant) { return variant == "auto" || variant == "auto_fp16_accumulation"; }
 
 bool adds_in_fp16(const std::string& variant) { return variant.find("fp16_accumulation") != std::string::npos; }

@@ -76,8 +76,7 @@ template <typename Params, typename Launch>
 void run_norm(const char* op, const Tensor& x, const Params& params, const std::string& asked, Launch launch) {
   const ScalarType dtype = x.scalar_type();
   const cudaStream_t stream = current_stream(x);
-  const std::string variant =
-      variant_for(asked, op, dtype, {params.rows.num_tokens}, {params.rows.hidden_size});
+  const std::string variant = variant_for(asked, op, dtype, {params.rows.num_tokens}, {params.rows.hidden_size});
   if (const Instance instance = find_instance(op, dtype, variant)) return instance.run(params, stream);
   const RowVariant chosen = row_variant_of(variant);
   dispatch_floating("x", dtype, [&](auto type) { launch(type, chosen, stream); });

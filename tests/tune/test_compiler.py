@@ -61,8 +61,8 @@ def test_what_does_not_has_a_reason_and_is_not_kept(toolkit, tmp_path, monkeypat
             raise subprocess.TimeoutExpired(command, timeout)
         return real(command, timeout=timeout, **settings)
 
-    monkeypatch.setattr(subprocess, "run", run)
     made = Compiler(ROOT, tmp_path / "cache")
+    monkeypatch.setattr(subprocess, "run", run)
     found = made.build(NORM, ["192x4", "224x3", "320x5", "192x3"])
     assert found.keys() == {"192x4", "224x3", "320x5"}
     assert found["192x4"] == "spills 624 bytes of registers"
