@@ -4,4 +4,7 @@ A run goes through these files in order: ``problem`` (what is tuned), ``space`` 
 legal, and what they cost on paper), ``search`` (which of them are measured next), ``measure`` (how,
 in a process of its own), ``recorded`` (measurements kept on disk, and played back), ``command``.
 What wins is written as a table of ``fastshard.ops.variants``, by which the kernels are chosen.
+
+With ``--patch`` the space is larger than the ``menu`` of the wheel: ``compiler`` makes ``instances``
+of what is measured, found by ``nvcc``, and what wins is a ``patch`` of the menu.
 """
