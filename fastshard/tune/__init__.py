@@ -5,6 +5,6 @@ legal, and what they cost on paper), ``search`` (which of them are measured next
 in a process of its own), ``recorded`` (measurements kept on disk, and played back), ``command``.
 What wins is written as a table of ``fastshard.ops.variants``, by which the kernels are chosen.
 
-With ``--patch`` the space is larger than the ``menu`` of the wheel: ``compiler`` makes ``instances``
-of what is measured, found by ``nvcc``, and what wins is a ``patch`` of the menu.
+With ``--patch`` the space is larger than the wheel's ``menu``: ``compiler`` makes ``instances`` of
+what is measured, by ``nvcc``, and what wins is a ``patch`` of the menu.
 """
