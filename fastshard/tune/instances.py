@@ -12,7 +12,7 @@ from fastshard.tune.menu import NORMS
 from fastshard.tune.tile import tile_named
 
 _TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
-_libraries: dict[tuple[str, str, str], ctypes.CDLL] = {}  # kept: the ops call into them
+_libraries: dict[tuple[str, str, str, Path], ctypes.CDLL] = {}  # kept: the ops call into them
 
 Add = Callable[[str, str, str, int, int], None]
 
@@ -72,7 +72,7 @@ def load(op: str, dtype: str, variant: str, library: Path, add: Add | None = Non
     Raises:
         OSError: the library cannot be loaded.
     """
-    if (op, dtype, variant) in _libraries:
+    if (op, dtype, variant, library) in _libraries:
         return
     if add is None:
         import fastshard._C
@@ -82,4 +82,4 @@ def load(op: str, dtype: str, variant: str, library: Path, add: Add | None = Non
     num_bytes = ctypes.c_size_t.in_dll(loaded, "fastshard_params_bytes").value
     address = ctypes.cast(loaded.fastshard_instance, ctypes.c_void_p).value
     add(op, dtype, variant, num_bytes, address)
-    _libraries[op, dtype, variant] = loaded
+    _libraries[op, dtype, variant, library] = loaded

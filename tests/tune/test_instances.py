@@ -14,12 +14,15 @@ from fastshard.tune.problem import Problem
 from helpers import KERNELS_ONLY
 
 ROOT = Path(__file__).parents[2]
-needs_nvcc = pytest.mark.skipif(not nvcc.has_nvcc(nvcc.find_cuda_home()), reason="there is no nvcc")
+HAS_NVCC = nvcc.has_nvcc(nvcc.find_cuda_home())
+needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="there is no nvcc")
 
 
 def load(problem, variant, device, folder) -> None:
     """Compile an instance by the kernels' compiler, and let the raw op find it."""
     if device.type == "cuda":
+        if not HAS_NVCC:
+            pytest.skip("there is no nvcc")
         compiler = Compiler(ROOT, folder)
         assert compiler.build(problem, [variant]) == {}
         library, add = compiler.library(problem, variant), None

@@ -84,7 +84,7 @@ CHECKS = {
     "kRowMenu[11].threads_per_row == 320 && kRowMenu[12].vecs_per_thread == 4);",
     "mlp/tiled_mlp.cu": 'static_assert(gemm_tile_named("128x192_32x3_4x2") == GemmTileSize(3) && '
     "GemmConfigOfMenu<3>::kTileColumns == 192 && "
-    "choose_gemm_tile(2048, 192, 72) < GemmTileSize(3));",
+    "choose_gemm_tile(128 * 72, 192, 72) < GemmTileSize(3));",
 }
 
 
