@@ -108,9 +108,10 @@ def test_nothing_to_add():
     assert menu_patch(ROOT, [("layer_norm", "256x2"), ("fused_mlp", "tiles_128x128")]) == ""
 
 
-def test_a_menu_that_is_not_there(tmp_path):
+@pytest.mark.parametrize("text", ["constexpr RowVariant kRowMenu[] = {\n", "};\n"])
+def test_a_menu_that_is_not_there(text, tmp_path):
     (tmp_path / "csrc" / "norm").mkdir(parents=True)
-    (tmp_path / "csrc" / "norm" / "row.h").write_text("constexpr RowVariant kRowMenu[] = {\n")
+    (tmp_path / "csrc" / "norm" / "row.h").write_text(text)
     message = r"norm/row.h must have a menu that begins with 'constexpr .*\{' and ends with '\};'"
     with pytest.raises(ValueError, match=message):
         menu_patch(tmp_path, [("rms_norm", "320x3")])
