@@ -797,9 +797,11 @@ def test_runs_our_kernels(shape, device):
         assert all(part in name for part, name in zip(expected, names, strict=True))
 
 
-def raw_attention(q, k, v, variant, *, mask=None, causal=False, kv_lengths=None, softcap=None):
+def raw_attention(
+    q, k, v, variant, *, mask=None, causal=False, kv_lengths=None, softcap=None, rope=NO_ROPE
+):
     rules = (mask, causal, kv_lengths, None, None, softcap, 1 / math.sqrt(q.shape[3]))
-    return torch.ops.fastshard.attention.default(q, k, v, *rules, *NO_ROPE, variant)
+    return torch.ops.fastshard.attention.default(q, k, v, *rules, *rope, variant)
 
 
 def check_variant(q, k, v, variant, *, softcap=None, **rules) -> None:
@@ -840,6 +842,29 @@ def test_variants_of_masks(variant, device):
     for dtype in (torch.bool, torch.float32):
         check_variant(q, k, v, variant, mask=make_mask(1, 40, 96, dtype, device))
     check_variant(q, k, v, variant, softcap=3.0)
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_variants_rotate(head_dim, variant, interleaved, device):
+    """80 is padded to 96; tiles of few rows rotate too where they are asked for."""
+    sizes = {"b": 2, "s_q": 41, "s_kv": 50, "group": 2, "head_dim": head_dim}
+    q, k, v = make_qkv(device, torch.bfloat16, **sizes)
+    table = make_table(64, head_dim // 2, device)
+    positions = torch.randint(64, (2, 41), device=device)
+    rotated = ops.apply_rope(q, table, positions, interleaved=interleaved)
+    actual = raw_attention(q, k, v, variant, rope=(table, positions, interleaved))
+    assert torch.equal(actual, raw_attention(rotated, k, v, variant))
+
+
+@pytest.mark.parametrize("sizes", [{"b": 0}, {"s_q": 0}, {"s_kv": 0}], ids=str)
+def test_rope_of_nothing(sizes, device):
+    q, k, v = make_qkv(device, torch.float16, **({"b": 2, "s_q": 40, "s_kv": 40} | sizes))
+    table, positions = make_table(64, 32, device), torch.arange(q.shape[1], device=device)
+    out = ops.attention(q, k, v, rope_table=table, rope_positions=positions)
+    assert torch.equal(out, torch.zeros_like(q))
 
 
 @CUDA_ONLY
