@@ -146,6 +146,14 @@ def test_what_is_near_the_limit_is_left_alone_by_evolution_only():
     assert len(measurer.asked) > 3
 
 
+def test_the_sampler_is_not_asked_where_nothing_is_left():
+    """There is one way beside auto."""
+    layer = Problem("linear", "bfloat16", (4, 64, 64))
+    (species,) = run(Scripted(lambda problem, name: timed(9.0)), [layer])._species
+    assert list(species.found.measured) == ["library"]
+    assert len(species._study.trials) == 1
+
+
 def test_the_budget_ends_the_search():
     measurer = Scripted(lambda problem, name: timed(9.0))
     run(measurer, [PROMPT, NEAR], budget=1)
