@@ -13,8 +13,8 @@ import torch
 from fastshard.bench.presets import PRESETS, preset
 from fastshard.environment import cache_dir
 from fastshard.ops import variants
-from fastshard.ops.variants import Entry, Table, key_shape
-from fastshard.tune import model, recorded, shapes
+from fastshard.ops.variants import Entry, Table
+from fastshard.tune import model, recorded, shapes, table
 from fastshard.tune.measure import GpuMeasurer
 from fastshard.tune.problem import SIZES, Problem
 from fastshard.tune.recorded import Recorder, Replay, Study
@@ -79,19 +79,20 @@ def run(
             figures = model.H200
         else:
             gpu = stack.enter_context(GpuMeasurer(seed=seed))
-            study_path = study_path or cache_dir() / "studies" / f"{_slug(gpu.device)}.json"
+            study_path = study_path or _own_study(gpu.device)
             measurer = Recorder(gpu, _study_of(study_path, gpu.device), study_path)
             figures = model.figures_of(torch.cuda.get_device_capability())
+        is_own = output is None
         output = output or variants.user_tables_dir() / f"{_slug(measurer.device)}.json"
-        old = _table_at(output, measurer.device)
-        chosen = {(e.op, e.dtype, key_shape(e.op, e.shape)): e.variant for e in old.entries}
+        old = table.read(output, measurer.device, is_stale_allowed=is_own)
+        chosen = table.chosen(old)
         search = Search(
             measurer,
             problems,
             strategy=strategy,
             seed=seed,
             figures=figures,
-            known=lambda p: chosen.get((p.op, p.dtype, key_shape(p.op, p.shape))),
+            known=lambda problem: chosen.get(table.key(problem)),
         )
         say(f"{measurer.device}: {len(problems)} problems of {model_name}, {strategy}")
         spent = _Spent(search) if replays else _Clock()
@@ -108,9 +109,15 @@ def run(
         except KeyboardInterrupt:
             say("interrupted: what was found so far is timed once more and kept")
             status = INTERRUPTED
-        confirmed = [_confirm(found, measurer, say) for found in search.found]
-    entries = [entry for entry in confirmed if entry is not None]
-    variants.write_table(output, _merged(old, search.found, entries))
+        confirmed: list[tuple[Found, Entry | None]] = []
+        try:
+            for found in search.found:
+                confirmed.append((found, _confirm(found, measurer, say)))
+        except KeyboardInterrupt:
+            say("interrupted: what was timed once more is kept")
+            status = INTERRUPTED
+    entries = [entry for _, entry in confirmed if entry is not None]
+    variants.write_table(output, table.merged(old, confirmed))
     for line in _summary(search.found, entries):
         say(line)
     say(f"{len(entries)} entries written to {output}")
@@ -141,10 +148,10 @@ def write_model_table(capability: str, output: Path) -> Table:
                 variant = model.better_norm(problem, figures)
                 if variant is not None:
                     entry = Entry(problem.op, dtype, problem.shape, variant)
-                    entries[entry.op, dtype, key_shape(entry.op, entry.shape)] = entry
-    table = Table(capability, "model", version("fastshard"), tuple(entries.values()))
-    variants.write_table(output, table)
-    return table
+                    entries[table.key(entry)] = entry
+    written = Table(capability, "model", version("fastshard"), tuple(entries.values()))
+    variants.write_table(output, written)
+    return written
 
 
 class _Clock:
@@ -188,6 +195,11 @@ def _problems(model_name: str, ops: Sequence[str] | None, dtype: str) -> list[Pr
     return chosen
 
 
+def _own_study(device: str) -> Path:
+    """Of this version: another's variants are others."""
+    return cache_dir() / "studies" / f"{_slug(device)}-{version('fastshard')}.json"
+
+
 def _study_of(path: Path, device: str) -> Study:
     if not path.exists():
         return Study(device, version("fastshard"))
@@ -195,19 +207,6 @@ def _study_of(path: Path, device: str) -> Study:
     if study.device != device:
         raise ValueError(f"{path} must be a study of {device}, got one of {study.device}")
     return study
-
-
-def _table_at(path: Path, device: str) -> Table:
-    """The table that is there, which must be of this device, or an empty one."""
-    if not path.exists():
-        return Table(device, "measured", version("fastshard"), ())
-    table = variants.read_table(path)
-    if table.device != device or table.origin != "measured":
-        raise ValueError(
-            f"{path} must be a measured table of {device}, got a {table.origin} one of "
-            f"{table.device}"
-        )
-    return table
 
 
 def _confirm(found: Found, measurer, say: Callable[[str], None]) -> Entry | None:
@@ -224,17 +223,6 @@ def _confirm(found: Found, measurer, say: Callable[[str], None]) -> Entry | None
     return Entry(problem.op, problem.dtype, problem.shape, variant)
 
 
-def _merged(old: Table, founds: Sequence[Found], entries: Sequence[Entry]) -> Table:
-    """The old entries of other problems, and the new ones."""
-    searched = {(f.problem.op, f.problem.dtype, _key(f.problem)) for f in founds if f.measured}
-    kept = [e for e in old.entries if (e.op, e.dtype, _key(e)) not in searched]
-    return replace(old, entries=(*kept, *entries))
-
-
-def _key(of: Problem | Entry) -> tuple[int, ...]:
-    return key_shape(of.op, of.shape)
-
-
 def _generation_line(generation: Generation) -> str:
     found = generation.found
     name, ratio = found.best
@@ -249,9 +237,7 @@ def _generation_line(generation: Generation) -> str:
 def _summary(founds: Sequence[Found], entries: Sequence[Entry]) -> list[str]:
     lines = []
     for entry in entries:
-        found = next(
-            f for f in founds if _key(f.problem) == _key(entry) and f.problem.op == entry.op
-        )
+        found = next(each for each in founds if table.key(each.problem) == table.key(entry))
         best = found.measured[entry.variant]
         lines.append(
             f"{found.problem!s:<52} {entry.variant:<14} {best.us:9.2f} us, "

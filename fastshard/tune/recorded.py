@@ -10,6 +10,8 @@ from fastshard.files import replace_text
 from fastshard.tune.problem import SIZES, Measurement, Measurer, Problem, rejected
 
 FORMAT = 1
+UNKNOWN = "not in the study"
+"""Why what was never measured may not be chosen."""
 
 _Key = tuple[Problem, str, bool]  # the last: whether it was a confirmation
 
@@ -110,7 +112,7 @@ class Replay:
     def _found(self, problem: Problem, variant: str, *, is_confirmed: bool) -> Measurement:
         found = self._study.get(problem, variant, is_confirmed=is_confirmed)
         found = found or self._study.get(problem, variant)
-        return found or rejected("not in the study", 0.0)
+        return found or rejected(UNKNOWN, 0.0)
 
 
 class Recorder:
