@@ -11,6 +11,7 @@ import torch
 
 from fastshard.ops.variants import key_shape
 from fastshard.tune import observe
+from fastshard.tune import worker as worker_module
 from fastshard.tune.measure import Asker, GpuMeasurer, Observation, judge
 from fastshard.tune.problem import AUTO, Problem
 from fastshard.tune.worker import Worker, WorkerFailed
@@ -119,6 +120,11 @@ def counts(request):
     for number in range(3):
         yield {"number": number, "of": request["of"]}
 
+def deaf(request):
+    os.closerange(3, 100)  # its messages end, and it does not
+    time.sleep(1000)
+    yield
+
 def interrupted(request):
     raise ValueError("broken")
     yield
@@ -206,6 +212,20 @@ def test_an_exception_ends_the_process_with_its_last_line(environment):
     worker = Worker("backend:interrupted", timeout=20, environment=environment)
     with pytest.raises(WorkerFailed, match="status 1: ValueError: broken"):
         list(worker.ask({}))
+
+
+def test_a_process_that_ends_its_messages_but_not_itself_is_killed(environment, monkeypatch):
+    monkeypatch.setattr(worker_module, "END_TIMEOUT", 1.0)
+    worker = Worker("backend:deaf", timeout=20, environment=environment)
+    with pytest.raises(WorkerFailed, match="ended by signal 9"):
+        list(worker.ask({}))
+
+
+def test_a_slow_start_is_no_hang(environment, tmp_path):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(3); from backend import counts")
+    worker = Worker("slow:counts", timeout=1.5, environment=environment)
+    assert len(list(worker.ask({"of": 1}))) == 3
+    worker.close()
 
 
 def test_an_answer_that_nobody_waits_for_is_not_the_next_one(environment):
