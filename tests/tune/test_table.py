@@ -1,11 +1,13 @@
 """The table: what a search starts from, what stays in it, what an interruption leaves."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastshard import cli
+from fastshard.environment import shipped_tables_dir
 from fastshard.ops import variants
 from fastshard.ops.variants import Entry, OtherVersion, Table, read_table, write_table
 from fastshard.tune import command, recorded, table
@@ -144,6 +146,14 @@ def test_the_search_begins_with_the_wheels_table(gpu):
     first = {problem.shape: names for problem, names in reversed(Gpu.asked)}
     assert "decode/8" in first[1, 4, 4096, 32, 8, 128]
     assert "small/8" in first[1, 64, 4096, 32, 8, 128]
+
+
+def test_the_wheels_table_is_what_the_study_gives(tmp_path):
+    """Every legal variant of every problem, and the confirmations as they were."""
+    study, output = Path(__file__).parent / "data" / "h200.json", tmp_path / "table.json"
+    of = ("--replay", "--study", str(study), "--strategy", "all", "--budget", "60m")
+    assert tune(*of, "--output", str(output)) == 0
+    assert output.read_bytes() == (shipped_tables_dir() / "h200.json").read_bytes()
 
 
 def test_the_users_own_files_of_another_version_are_replaced(gpu, tmp_path):
