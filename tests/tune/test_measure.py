@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastshard.ops.variants import key_shape
-from fastshard.tune import observe
+from fastshard.tune import inputs, observe
 from fastshard.tune import worker as worker_module
 from fastshard.tune.measure import Asker, GpuMeasurer, Observation, judge
 from fastshard.tune.problem import AUTO, Problem
@@ -83,6 +83,17 @@ def test_neighbours_share_the_entry(problem, shapes):
     assert [each.shape for each in found] == shapes
     for each in found:
         assert key_shape(each.op, each.shape) == key_shape(problem.op, problem.shape)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_what_is_left_unwritten_is_seen_where_no_sample_is(op):
+    made = inputs.make(Problem(op, "float16", (500, 8)), torch.device("cpu"), 1, 0)
+    outputs = made.call(0, AUTO)
+    assert torch.equal(observe.sampled(made, outputs), made.sample(outputs).double())
+    last = outputs if op == "rms_norm" else outputs[1]
+    last[1, 3] = math.nan
+    assert made.sample(outputs).isfinite().all()
+    assert observe.sampled(made, outputs).isnan().all()
 
 
 BACKEND = """
