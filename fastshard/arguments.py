@@ -13,7 +13,13 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
+    """Errors in one line.
+
+    Attributes:
+        wraps: Whether the words behind ``--`` are another command, for completion.
+    """
+
+    wraps = False
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

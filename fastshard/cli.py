@@ -1,5 +1,5 @@
 """The command line: ``fastshard generate``, ``bench``, ``bench compare``, ``bench plot``, ``tune``,
-``profile`` and ``info``.
+``profile``, ``info`` and ``completion``.
 
 Of ``generate`` only the text goes to stdout; progress, figures and errors go to stderr. Exit
 status: 0, 2 where the command line is wrong, 1 for everything else that fails.
@@ -17,6 +17,7 @@ import fastshard
 from fastshard import generate_command
 from fastshard.arguments import DTYPES, PLOT_FORMATS, Parser, count, layers, number, seconds, whole
 from fastshard.bench import arguments as bench_arguments
+from fastshard.completion import SHELLS, script
 from fastshard.decode import MODES
 from fastshard.environment import emits_nvtx
 from fastshard.progress import Progress
@@ -96,6 +97,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="list what each compiled kernel takes (needs cuobjdump and nvdisasm)",
     )
     info.set_defaults(run=run_info)
+    completion = commands.add_parser(
+        "completion",
+        help="write a completion script for a shell",
+        description="Print a script that completes commands and options. Keep it where the shell "
+        "looks: ~/.local/share/bash-completion/completions/fastshard, a file _fastshard in a "
+        "folder of zsh's fpath, ~/.config/fish/completions/fastshard.fish.",
+    )
+    completion.add_argument("shell", choices=tuple(SHELLS), help="whose")
+    completion.set_defaults(run=run_completion)
     return parser
 
 
@@ -202,6 +212,7 @@ def _add_profile(commands) -> None:
         "ops beside its measured limits, and command lines of Nsight Systems and Compute.",
     )
     profile.set_defaults(run=run_profile, parser=profile)
+    profile.wraps = True
     add = profile.add_argument
     add("--trace", metavar="FILE", help="write a Chrome trace, with a range for each layer")
     add("--sort", choices=_SORTS, default="time", help="default: time, the longest first")
@@ -228,6 +239,11 @@ def run_info(args: argparse.Namespace) -> int:
         return _list_kernels(args.json)
     facts = describe()
     print(json.dumps(facts, indent=2) if args.json else format_text(facts))
+    return 0
+
+
+def run_completion(args: argparse.Namespace) -> int:
+    print(script(build_parser(), args.shell), end="")
     return 0
 
 
