@@ -18,6 +18,7 @@ LINES = {
     "fastshard bench mlp com": set(),
     "fastshard bench mlp p": {"prefill"},
     "fastshard bench compare res": {"result.json"},
+    "fastshard bench compare result.json res": {"result.json"},
     "fastshard bench compare --he": {"--help"},
     "fastshard bench plot result.json res": {"result.json"},
     "fastshard bench --js": {"--json"},
