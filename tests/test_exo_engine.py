@@ -133,13 +133,13 @@ def test_a_request_that_another_one_replaced_is_refused(exo_engine):
     (engine,) = engines(exo_engine, 1)
     shard = ExoShard("demo", 0, 4, 5)
 
+    message = "^request a cannot go on: the cache holds request b$"
+
     async def run():
         _, state = await engine.infer_prompt("a", shard, PROMPT)
         logits, other = await engine.infer_prompt("b", shard, "x = ")
         token = await engine.sample(logits, temp=0)
-        with pytest.raises(
-            RuntimeError, match=r"^request a cannot go on: the cache holds request b$"
-        ):
+        with pytest.raises(RuntimeError, match=message):
             await engine.infer_tensor("a", shard, token[None], state)
         again, _ = await engine.infer_tensor("b", shard, token[None], other)
         return again
