@@ -26,7 +26,7 @@ class TextTokenizer:
         chat_template: str | None = None,
     ):
         self._tokenizer = tokenizer
-        self.special_tokens = dict(special_tokens or {})
+        self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:

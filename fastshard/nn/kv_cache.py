@@ -35,6 +35,11 @@ class KVCache(nn.Module):
         size: Tokens held, the same for every row.
     """
 
+    k_cache: Tensor
+    v_cache: Tensor
+    overflow: Tensor
+    size: int
+
     def __init__(
         self,
         batch_size: int,

@@ -5,6 +5,7 @@ the packed tensor, and the parameters that a state dict sees are views of its ro
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,10 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """Take ``weight``, ``[out_features, in_features]``, and ``bias``, ``[out_features]``."""
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.weight: nn.Parameter = nn.Parameter(weight, requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Map ``x``, ``[..., in_features]``, to ``[..., out_features]``, plus ``residual``."""
@@ -196,7 +199,7 @@ class PackedLinears(nn.Module):
         self._repack()
         return self
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._repack()  # deepcopy and pickle give every tensor a storage of its own
 
