@@ -84,6 +84,7 @@ def test_shell_runs(block, tmp_path):
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",  # for so small a model more of them wait for each other
     }
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
