@@ -5,9 +5,9 @@
 runs the embedded model in two processes, layers 0-1 and 2-4, which hand hidden states on to each
 other as exo's nodes do, and prints the text.
 
-In exo, derive the class from ``exo.inference.inference_engine.InferenceEngine`` and give it exo's
-shard downloader; exo's ``Shard`` is taken as it is. Source of the contract: exo-explore/exo,
-``exo/inference/inference_engine.py`` and ``dummy_inference_engine.py``.
+In an exo that has ``exo.inference.inference_engine.InferenceEngine``, derive the class from it and
+give it exo's shard downloader; exo's ``Shard`` is taken as it is. Source of the contract:
+exo-explore/exo, ``exo/inference/inference_engine.py`` and ``dummy_inference_engine.py``.
 """
 
 import argparse
