@@ -1,5 +1,6 @@
 """The op layer: one file a family. Public functions here, raw ops as ``torch.ops.fastshard.*``."""
 
+from fastshard.ops._autograd import INFERENCE_ONLY
 from fastshard.ops._library import COSTS, Cost, load_kernels
 from fastshard.ops.activation import act_and_mul, silu_and_mul
 from fastshard.ops.attention import attention, attention_layer_norm, cached_attention
@@ -25,6 +26,7 @@ if HAS_KERNELS:
 __all__ = [
     "COSTS",
     "HAS_KERNELS",
+    "INFERENCE_ONLY",
     "Cost",
     "DecodeWeights",
     "act_and_mul",

@@ -92,6 +92,16 @@ class DecodeArguments(NamedTuple):
     windows: list[int]
 
 
+def tensors_by_name(step: DecodeArguments) -> dict[str, Tensor]:
+    """Every tensor of a step, those of a list as ``name[i]``."""
+    named = {}
+    for name, value in step._asdict().items():
+        for i, tensor in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(tensor, Tensor):
+                named[f"{name}[{i}]" if isinstance(value, list) else name] = tensor
+    return named
+
+
 class DecodeSizes(NamedTuple):
     """The sizes of a layer, as the first one has them."""
 

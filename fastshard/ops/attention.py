@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastshard.ops._autograd import inference_only, refuse_gradients
 from fastshard.ops._checks import check_floating
 from fastshard.ops._library import COSTS, Cost, cost, define
 from fastshard.ops.rope import check_rope_table, per_token
@@ -29,6 +30,9 @@ define(
     "attention_layer_norm(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, float eps, "
     f"{_RULES}) -> Tensor"
 )
+_DIFFERENTIABLE = "torch.nn.functional.scaled_dot_product_attention"
+inference_only("attention", _DIFFERENTIABLE)
+inference_only("attention_layer_norm", f"{_DIFFERENTIABLE} and torch.nn.functional.layer_norm")
 
 
 def attention(
@@ -84,10 +88,13 @@ def attention(
         ValueError: A shape, a device or a number breaks one of the rules above, or only one of
             ``rope_table`` and ``rope_positions`` is given.
         TypeError: A dtype does.
+        RuntimeError: A gradient is asked for, which this op has not.
 
     Source: Dao 2023, FlashAttention-2, algorithm 1.
     """
     _check_qkv(q, k, v, "k", "v")
+    if torch.is_grad_enabled():
+        refuse_gradients("attention", q=q, k=k, v=v, mask=mask, rope_table=rope_table)
     rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
     rope = (rope_table, rope_positions, rope_interleaved)
     return torch.ops.fastshard.attention.default(q, k, v, *_checked(q, k, *rules, *rope))
@@ -131,6 +138,9 @@ def cached_attention(
             )
     k, v = (cache[: q.shape[0]].transpose(1, 2) for cache in (k_cache, v_cache))
     _check_qkv(q, k, v, "k_cache", "v_cache")
+    if torch.is_grad_enabled():
+        tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask}
+        refuse_gradients("attention", "cached_attention", **tensors, rope_table=rope_table)
     rules = (mask, mask is None, kv_lengths, first_key, window, softcap, softmax_scale)
     rope = (rope_table, rope_positions, rope_interleaved)
     return torch.ops.fastshard.attention.default(q, k, v, *_checked(q, k, *rules, *rope))
@@ -180,6 +190,9 @@ def attention_layer_norm(
         if vector.dtype != q.dtype:
             raise TypeError(f"{name} must be {q.dtype}, got {vector.dtype}")
         _check_vector(name, vector, q.shape[-1], q)
+    if torch.is_grad_enabled():
+        tensors = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias, "mask": mask}
+        refuse_gradients("attention_layer_norm", **tensors, rope_table=rope_table)
     rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
     rope = (rope_table, rope_positions, rope_interleaved)
     return torch.ops.fastshard.attention_layer_norm.default(

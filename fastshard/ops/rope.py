@@ -6,6 +6,7 @@ CUDA kernel: csrc/rope, bound in csrc/ops/rope.cpp. The CPU reference is the spe
 import torch
 from torch import Tensor
 
+from fastshard.ops._autograd import call_differentiable, inference_only, refuse_gradients
 from fastshard.ops._checks import check_device, check_dtype, check_floating, check_like, check_shape
 from fastshard.ops._library import Cost, cost, define
 
@@ -15,6 +16,7 @@ define(
     " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor(c!) overflow,"
     " bool interleaved) -> Tensor"
 )
+inference_only("rope_append", "fastshard.ops.apply_rope and torch.cat")
 
 
 def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
@@ -36,13 +38,17 @@ def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool
     Raises:
         ValueError: A shape, stride or device is not as above.
         TypeError: A dtype is not as above.
+        RuntimeError: A gradient of ``table`` is asked for; only that of ``x`` exists.
 
     Source: Su et al. 2021 (RoFormer), eq. 34.
     """
     _check_heads("x", x)
     check_rope_table("table", table, x)
     positions = per_token("positions", positions, x)
-    return torch.ops.fastshard.apply_rope.default(x, table, positions, interleaved)
+    if torch.is_grad_enabled() and table.requires_grad:
+        raise RuntimeError("table must not require grad: apply_rope has a gradient of x alone")
+    op = torch.ops.fastshard.apply_rope.default
+    return call_differentiable(op, x, table, positions, interleaved)
 
 
 def rope_append(
@@ -85,6 +91,7 @@ def rope_append(
     Raises:
         ValueError: A shape, stride or device is not as above.
         TypeError: A dtype is not as above.
+        RuntimeError: A gradient is asked for, which this op has not.
 
     Source: Su et al. 2021 (RoFormer), eq. 34.
     """
@@ -113,6 +120,9 @@ def rope_append(
     check_dtype("overflow", overflow, torch.int32)
     check_device("overflow", overflow, q.device)
     check_shape("overflow", overflow, (1,))
+    if torch.is_grad_enabled():
+        caches = {"k_cache": k_cache, "v_cache": v_cache}
+        refuse_gradients("rope_append", q=q, k=k, v=v, table=table, **caches)
     return torch.ops.fastshard.rope_append.default(
         q, k, v, table, positions, k_cache, v_cache, slots, overflow, interleaved
     )
@@ -206,6 +216,22 @@ def _(
     if not valid.all():
         overflow.fill_(1)
     return q.masked_fill_(~valid[:, :, None, None], 0)
+
+
+def _save_rotation(ctx, inputs: tuple, output: Tensor) -> None:
+    _, table, positions, ctx.interleaved = inputs
+    ctx.save_for_backward(table, positions)
+
+
+def _rotate_back(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    """The transpose of a rotation is the rotation by minus its angle: with minus the sines."""
+    table, positions = ctx.saved_tensors
+    back = table * table.new_tensor([1, -1])
+    op = torch.ops.fastshard.apply_rope.default
+    return op(grad, back, positions, ctx.interleaved), None, None, None
+
+
+torch.library.register_autograd("fastshard::apply_rope", _rotate_back, setup_context=_save_rotation)
 
 
 def _inside(index: Tensor, size: int) -> Tensor:
