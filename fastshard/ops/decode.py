@@ -19,7 +19,6 @@ from fastshard.ops._decode_arguments import (
     check_weights,
     decode_sizes,
     decode_step_refusal,
-    tensors_by_name,
 )
 from fastshard.ops._library import Cost, cost, define
 from fastshard.ops.attention import cached_attention
@@ -176,8 +175,18 @@ def decode_step(
         raise ValueError(rule)
     check_state(step, sizes, _workspace_size(x.shape[0], num_heads, sizes))
     if torch.is_grad_enabled():
-        refuse_gradients("decode_step", **tensors_by_name(step))
+        refuse_gradients("decode_step", **_tensors_by_name(step))
     torch.ops.fastshard.decode_step.default(*step)
+
+
+def _tensors_by_name(step: DecodeArguments) -> dict[str, Tensor]:
+    """Every tensor of a step, those of a list as ``name[i]``."""
+    named = {}
+    for name, value in step._asdict().items():
+        for i, tensor in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(tensor, Tensor):
+                named[f"{name}[{i}]" if isinstance(value, list) else name] = tensor
+    return named
 
 
 @torch.library.register_fake("fastshard::decode_step")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastshard.ops._autograd import call_differentiable, inference_only, refuse_gradients
-from fastshard.ops._checks import check_device, check_dtype, check_floating, check_like, check_shape
 from fastshard.ops._library import Cost, cost, define
+from fastshard.ops._rope_arguments import check_append, check_heads, check_rope_table, per_token
 
 define("apply_rope(Tensor x, Tensor table, Tensor positions, bool interleaved) -> Tensor")
 define(
@@ -42,7 +42,7 @@ def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool
 
     Source: Su et al. 2021 (RoFormer), eq. 34.
     """
-    _check_heads("x", x)
+    check_heads("x", x)
     check_rope_table("table", table, x)
     positions = per_token("positions", positions, x)
     if torch.is_grad_enabled() and table.requires_grad:
@@ -95,72 +95,18 @@ def rope_append(
 
     Source: Su et al. 2021 (RoFormer), eq. 34.
     """
-    _check_heads("q", q)
-    b, s, _, head_dim = q.shape
-    for name, tensor in (("k", k), ("v", v)):
-        _check_heads(name, tensor)
-        check_like(name, tensor, q)
-        check_shape(name, tensor, (b, s, k.shape[2], head_dim))
+    check_append(q, k, v, k_cache, v_cache, overflow)
     if table is not None:
         check_rope_table("table", table, q)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_like(name, cache, q)
-        if cache.dim() != 4 or cache.stride(3) != 1:
-            raise ValueError(
-                f"{name} must be [batch, num_kv_heads, max_seq_len, head_dim] with unit last "
-                f"stride, got shape {list(cache.shape)} and strides {list(cache.stride())}"
-            )
-        if cache.shape[0] < b:
-            raise ValueError(
-                f"{name} must hold at least the {b} rows of q's batch, got {cache.shape[0]}"
-            )
-        check_shape(name, cache, (k_cache.shape[0], k.shape[2], k_cache.shape[2], head_dim))
+    are_the_same = slots is positions  # as of a prompt without padding
     positions = per_token("positions", positions, q)
-    slots = per_token("slots", slots, q)
-    check_dtype("overflow", overflow, torch.int32)
-    check_device("overflow", overflow, q.device)
-    check_shape("overflow", overflow, (1,))
+    slots = positions if are_the_same else per_token("slots", slots, q)
     if torch.is_grad_enabled():
         caches = {"k_cache": k_cache, "v_cache": v_cache}
         refuse_gradients("rope_append", q=q, k=k, v=v, table=table, **caches)
     return torch.ops.fastshard.rope_append.default(
         q, k, v, table, positions, k_cache, v_cache, slots, overflow, interleaved
     )
-
-
-def _check_heads(name: str, x: Tensor) -> None:
-    check_floating(name, x)
-    if x.dim() != 4 or x.stride(3) != 1:
-        raise ValueError(
-            f"{name} must be [batch, seq_len, num_heads, head_dim] with unit last stride, "
-            f"got shape {list(x.shape)} and strides {list(x.stride())}"
-        )
-
-
-def check_rope_table(name: str, table: Tensor, x: Tensor) -> None:
-    """Raise unless ``table`` rotates heads of ``x``, ``[..., head_dim]``."""
-    check_dtype(name, table, torch.float32)
-    check_device(name, table, x.device)
-    if table.dim() != 3 or table.shape[2] != 2 or not table.is_contiguous():
-        raise ValueError(
-            f"{name} must be a contiguous [max_positions, rotary_dim // 2, 2], "
-            f"got shape {list(table.shape)} and strides {list(table.stride())}"
-        )
-    if 2 * table.shape[1] > x.shape[3]:
-        raise ValueError(
-            f"{name} must rotate at most head_dim = {x.shape[3]} elements, "
-            f"got rotary_dim {2 * table.shape[1]}"
-        )
-
-
-def per_token(name: str, index: Tensor, x: Tensor) -> Tensor:
-    """A ``[b, s]`` view of an index tensor that may be ``[s]``."""
-    check_dtype(name, index, torch.int64)
-    check_device(name, index, x.device)
-    b, s = x.shape[:2]
-    if tuple(index.shape) not in ((b, s), (s,)):
-        raise ValueError(f"{name} must have shape [{b}, {s}] or [{s}], got {list(index.shape)}")
-    return index.expand(b, s)
 
 
 @torch.library.register_fake("fastshard::apply_rope")
