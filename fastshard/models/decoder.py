@@ -149,7 +149,7 @@ class ShardTransformerDecoder(nn.Module):
         """
         self._any_layer.reset_cache()  # and its flag, which a pass uses for all layers
         for layer in self.layers.values():
-            layer.attn.kv_cache.size = 0
+            layer.attn.kv_cache.count_as(self.any_cache)
 
     @property
     def any_cache(self) -> KVCache | None:
@@ -167,8 +167,9 @@ class ShardTransformerDecoder(nn.Module):
 
     def advance(self, num_rows: int, num_tokens: int) -> None:
         """Count ``num_tokens`` more tokens in every cache as held."""
+        self.any_cache.advance(num_rows, num_tokens)
         for layer in self.layers.values():
-            layer.attn.kv_cache.advance(num_rows, num_tokens)
+            layer.attn.kv_cache.count_as(self.any_cache)
 
     def raise_on_overflow(self) -> None:
         """Raise if a token since ``reset_caches`` was out of range; waits for the device."""

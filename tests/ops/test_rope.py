@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from fastshard import ops
 from helpers import (
@@ -439,6 +441,28 @@ def test_compiles_once_for_all_sizes(device):
     calls = [sized(3, 5, 12), sized(2, 4, 20), sized(5, 7, 31)]
     assert_compiles_once(rotate_and_append, calls)
     assert [call["overflow"].item() for call in calls] == [0, 1, 0]
+
+
+def test_a_graph_knows_what_an_append_writes(device):
+    """AOTAutograd sees a function without side effects, of the three tensors that it changes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    given = arguments(device)
+    compiled = torch.compile(
+        rotate_and_append, fullgraph=True, backend=aot_autograd(fw_compiler=backend)
+    )
+    with torch.no_grad():
+        compiled(**given)
+    (node,) = (n for n in graphs[0].graph.nodes if "auto_functionalized" in str(n.target))
+    assert node.args == (torch.ops.fastshard.rope_append.default,)
+    changed = node.kwargs["_all_bases"]
+    assert [base.meta["val"].shape for base in changed] == [
+        given[name].shape for name in ("k_cache", "v_cache", "overflow")
+    ]
 
 
 def test_ignores_autocast(device):
