@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,21 +13,21 @@ from fastshard.bench.presets import PRESETS, preset
 from fastshard.environment import cache_dir
 from fastshard.files import replace_text
 from fastshard.ops import variants
-from fastshard.ops.variants import Entry, Table, key_shape
-from fastshard.tune import model, recorded, shapes
+from fastshard.ops.variants import Entry, Table
+from fastshard.tune import model, recorded, shapes, table
 from fastshard.tune.compiler import Compiler, CompilingMeasurer, checkout
+from fastshard.tune.confirm import Confirmed, confirm
 from fastshard.tune.measure import GpuMeasurer
 from fastshard.tune.patch import menu_patch
-from fastshard.tune.problem import SIZES, Measurer, Problem
+from fastshard.tune.problem import SIZES, Problem
 from fastshard.tune.recorded import Recorder, Replay, Study
 from fastshard.tune.report import generation_line, summary
-from fastshard.tune.search import MIN_GAIN, Found, Generation, Search, mean_gain
+from fastshard.tune.search import Generation, Search, mean_gain
 from fastshard.tune.space import MENU, OPEN
 
 MIN_BUDGET = 5.0
 """Seconds: one generation of one problem and its confirmation take about as long."""
 INTERRUPTED = 130
-_ENDS = ("winner", "addition")  # of Found: for the table, for the patch of the menu
 
 
 def run(
@@ -97,9 +96,10 @@ def run(
             compiler = patch_path and Compiler(source, cache_dir() / "instances")
             measurer = _recorder(stack, seed, study_path, compiler)
             figures = model.figures_of(torch.cuda.get_device_capability())
+        is_own = output is None
         output = output or variants.user_tables_dir() / f"{_slug(measurer.device)}.json"
-        old = _table_at(output, measurer.device)
-        chosen = {(e.op, e.dtype, key_shape(e.op, e.shape)): e.variant for e in old.entries}
+        old = table.read(output, measurer.device, is_stale_allowed=is_own)
+        chosen = table.chosen(old)
         search = Search(
             measurer,
             problems,
@@ -107,7 +107,7 @@ def run(
             seed=seed,
             figures=figures,
             space=MENU if patch_path is None else OPEN,
-            known=lambda p: chosen.get((p.op, p.dtype, key_shape(p.op, p.shape))),
+            known=lambda problem: chosen.get(table.key(problem)),
         )
         say(f"{measurer.device}: {len(problems)} problems of {model_name}, {strategy}")
         spent = _Spent(search) if replays else _Clock()
@@ -124,8 +124,15 @@ def run(
         except KeyboardInterrupt:
             say("interrupted: what was found so far is timed once more and kept")
             status = INTERRUPTED
-        entries, additions = (_confirmed(search.found, which, measurer, say) for which in _ENDS)
-    variants.write_table(output, _merged(old, search.found, entries))
+        confirmed: list[Confirmed] = []
+        try:
+            for found in search.found:
+                confirmed.append(confirm(found, measurer, say))
+        except KeyboardInterrupt:
+            say("interrupted: what was timed once more is kept")
+            status = INTERRUPTED
+    entries, additions = ([c[i] for c in confirmed if c[i] is not None] for i in (1, 2))
+    variants.write_table(output, table.merged(old, [each[:2] for each in confirmed]))
     for line in summary(search.found, entries, additions):
         say(line)
     say(f"{len(entries)} entries written to {output}")
@@ -158,10 +165,10 @@ def write_model_table(capability: str, output: Path) -> Table:
                 variant = model.better_norm(problem, figures)
                 if variant is not None:
                     entry = Entry(problem.op, dtype, problem.shape, variant)
-                    entries[entry.op, dtype, key_shape(entry.op, entry.shape)] = entry
-    table = Table(capability, "model", version("fastshard"), tuple(entries.values()))
-    variants.write_table(output, table)
-    return table
+                    entries[table.key(entry)] = entry
+    written = Table(capability, "model", version("fastshard"), tuple(entries.values()))
+    variants.write_table(output, written)
+    return written
 
 
 class _Clock:
@@ -211,7 +218,8 @@ def _recorder(
     """What measures on this GPU, and keeps that in a study."""
     library = {} if compiler is None else {"library": compiler.library}
     gpu = stack.enter_context(GpuMeasurer(seed=seed, **library))
-    path = path or cache_dir() / "studies" / f"{_slug(gpu.device)}.json"
+    # Of this version: another's variants are others.
+    path = path or cache_dir() / "studies" / f"{_slug(gpu.device)}-{version('fastshard')}.json"
     measurer = gpu if compiler is None else CompilingMeasurer(gpu, compiler)
     return Recorder(measurer, _study_of(path, gpu.device), path)
 
@@ -225,42 +233,6 @@ def _study_of(path: Path, device: str) -> Study:
     return study
 
 
-def _table_at(path: Path, device: str) -> Table:
-    """The table that is there, which must be of this device, or an empty one."""
-    if not path.exists():
-        return Table(device, "measured", version("fastshard"), ())
-    table = variants.read_table(path)
-    if table.device != device or table.origin != "measured":
-        raise ValueError(
-            f"{path} must be a measured table of {device}, got a {table.origin} one of "
-            f"{table.device}"
-        )
-    return table
-
-
-def _confirmed(
-    founds: Sequence[Found],
-    which: str,
-    measurer: Measurer,
-    say: Callable[[str], None],
-) -> list[Entry]:
-    """The winners, or the additions, that win again in a fresh process."""
-    entries = []
-    for found in founds:
-        problem, variant = found.problem, getattr(found, which)
-        if variant is None:
-            continue
-        again = measurer.confirm(problem, variant)
-        to_beat = 1.0 if which == "winner" else found.best_of_menu[1]
-        if again.ratio > to_beat * (1 - MIN_GAIN):
-            why = again.reason or f"{again.ratio:.3f} of auto's time"
-            say(f"{problem}: {variant} was not confirmed: {why}")
-            found.measured[variant] = replace(again, us=None, reason=f"not confirmed: {why}")
-        else:
-            entries.append(Entry(problem.op, problem.dtype, problem.shape, variant))
-    return entries
-
-
 def _write_patch(
     path: Path, source: Path, additions: Sequence[Entry], say: Callable[[str], None]
 ) -> None:
@@ -270,17 +242,6 @@ def _write_patch(
         return
     replace_text(path, text)
     say(f"patch of the menus written to {path}: git apply it in {source}, build, and tune again")
-
-
-def _merged(old: Table, founds: Sequence[Found], entries: Sequence[Entry]) -> Table:
-    """The old entries of other problems, and the new ones."""
-    searched = {(f.problem.op, f.problem.dtype, _key(f.problem)) for f in founds if f.measured}
-    kept = [e for e in old.entries if (e.op, e.dtype, _key(e)) not in searched]
-    return replace(old, entries=(*kept, *entries))
-
-
-def _key(of: Problem | Entry) -> tuple[int, ...]:
-    return key_shape(of.op, of.shape)
 
 
 def _slug(device: str) -> str:

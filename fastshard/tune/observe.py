@@ -50,7 +50,7 @@ def observe(request: Message) -> Iterator[Message]:
                     instances.load(problem.op, problem.dtype, name, library)
                 seconds = [_seconds(made, name) for _ in range(3 if number == 0 else 2)]
                 poison(device)
-                outputs[name] = made.sample(made.call(0, name)).double()
+                outputs[name] = sampled(made, made.call(0, name))
                 torch.cuda.synchronize()
             except (RuntimeError, OSError) as error:  # any failure of a variant is an answer
                 text = " ".join(str(error).split())[:200]
@@ -109,6 +109,14 @@ def poison(device: torch.device) -> None:
     filled = [torch.full((POISON_BYTES // 4,), -1, dtype=torch.int32, device=device)]
     filled += [torch.full((2**17,), -1, dtype=torch.int32, device=device) for _ in range(16)]
     del filled
+
+
+def sampled(made: inputs.Inputs, outputs: inputs.Outputs) -> torch.Tensor:
+    """The sample of the outputs in float64: NaN where any of them is, sampled or not."""
+    each = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    is_finite = all(out.isfinite().all() for out in each)
+    sample = made.sample(outputs).double()
+    return sample if is_finite else torch.full_like(sample, math.nan)
 
 
 def _seconds(made: inputs.Inputs, variant: str) -> float:

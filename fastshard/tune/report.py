@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from fastshard.ops.variants import Entry, key_shape
+from fastshard.ops.variants import Entry
+from fastshard.tune import table
 from fastshard.tune.search import NEAR_LIMIT, Found, Generation, mean_gain
 
 
@@ -24,12 +25,7 @@ def summary(
     """A line for each entry of the table and each addition to the menus, and the whole gain."""
     lines = []
     for entry in (*entries, *additions):
-        found = next(
-            f
-            for f in founds
-            if f.problem.op == entry.op
-            and key_shape(entry.op, f.problem.shape) == key_shape(entry.op, entry.shape)
-        )
+        found = next(each for each in founds if table.key(each.problem) == table.key(entry))
         best = found.measured[entry.variant]
         lines.append(
             f"{found.problem!s:<52} {entry.variant:<14} {best.us:9.2f} us, "

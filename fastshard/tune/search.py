@@ -220,7 +220,8 @@ class _Species:
         if self._strategy == "all":
             return batch, trials
         for _ in range(_ASKS * POPULATION):
-            if len(batch) == POPULATION and len(trials) >= POPULATION:
+            is_full = len(batch) == POPULATION and len(trials) >= POPULATION
+            if is_full or not any(self._is_new(name, batch) for name in self._legal):
                 break
             trial = self._study.ask()
             genes = {

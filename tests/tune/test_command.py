@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastshard import cli
+from fastshard import arguments, cli
 from fastshard.ops import variants
 from fastshard.ops.variants import Entry, Table, read_table, write_table
 from fastshard.tune import command, recorded, search
@@ -168,8 +168,8 @@ def test_wrong_arguments(arguments, message, study, tmp_path, capsys):
 @pytest.mark.parametrize("text", ["5", "5x", "-1s", "m", "", "5sm", "inf"])
 def test_durations(text, capsys):
     if text == "5":
-        assert cli._seconds("5") == cli._seconds("5s") == 5
-        assert cli._seconds("1.5m") == 90
+        assert arguments.seconds("5") == arguments.seconds("5s") == 5
+        assert arguments.seconds("1.5m") == 90
         return
     with pytest.raises(SystemExit, match="2"):
         tune(f"--budget={text}")

@@ -55,16 +55,19 @@ def test_all_measures_all(study):
 
 
 def test_evolution_beats_chance_at_equal_budget(study):
-    """By the share of what can be gained that is found, over many seeds."""
+    """By the share of what can be gained that is found, over several seeds.
+
+    Of the 140 s that all takes; before 40 s neither has come to the problems with a gain.
+    """
     most = gain(searched(study, 1e9, strategy="all")) - 1
     assert most > 0
-    for budget in (40, 80):
+    for budget in (60, 80):
         shares = {
             strategy: fsum(
                 (gain(searched(study, budget, strategy=strategy, seed=seed)) - 1) / most
-                for seed in range(20)
+                for seed in range(10)
             )
-            / 20
+            / 10
             for strategy in ("evolve", "random")
         }
         assert shares["evolve"] > shares["random"], shares  # played back: no noise
@@ -145,6 +148,14 @@ def test_what_is_near_the_limit_is_left_alone_by_evolution_only():
     assert len(measurer.asked) == 1
     run(measurer, [PROMPT], strategy="random")
     assert len(measurer.asked) > 3
+
+
+def test_the_sampler_is_not_asked_where_nothing_is_left():
+    """There is one way beside auto."""
+    layer = Problem("linear", "bfloat16", (4, 64, 64))
+    (species,) = run(Scripted(lambda problem, name: timed(9.0)), [layer])._species
+    assert list(species.found.measured) == ["library"]
+    assert len(species._study.trials) == 1
 
 
 def test_the_budget_ends_the_search():
