@@ -335,7 +335,10 @@ SDPA = {"fastshard", "sdpa flash", "sdpa math"}
         (
             "decode",
             4,
-            {"": {"fastshard persistent", "fastshard eager"} | TORCHTUNE - {"fastshard"}},
+            {
+                "": {"fastshard persistent", "fastshard eager", "fastshard torchtune"}
+                | TORCHTUNE - {"fastshard"}
+            },
         ),
     ],
 )

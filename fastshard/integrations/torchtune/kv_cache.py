@@ -76,8 +76,12 @@ class KVCache(modules.KVCache):
         """Count ``num_tokens`` more tokens in each row as held."""
         self.cache_pos.add_(num_tokens)
         if not torch.compiler.is_compiling():
-            self._num_held += num_tokens
-            self._counted = self.cache_pos, _version(self.cache_pos)
+            self.assume(self._num_held + num_tokens)
+
+    def assume(self, num_held: int) -> None:
+        """Take the caller's word for what ``cache_pos`` holds: nobody has to read it then."""
+        self._num_held = num_held
+        self._counted = self.cache_pos, _version(self.cache_pos)
 
     def reset(self) -> None:
         """Empty the cache.

@@ -103,8 +103,9 @@ def test_where_a_mask_ends():
     assert shared.mask_ends(mask.clone()) is None
     shared.end()
     assert shared.mask_ends(mask) is None
-    shared.begin(mask.float())  # zero is added, and attended to
-    assert shared.mask_ends(mask) is None
+    floats = mask.float()
+    shared.begin(floats)
+    assert shared.mask_ends(floats) is None  # zero is added, and attended to
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])

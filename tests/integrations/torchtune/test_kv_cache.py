@@ -32,6 +32,12 @@ def test_counts_without_reading_the_device():
             cache.advance(1)
             with pytest.raises(ValueError, match=f"{held + 1} of its 8 slots are used, got 9"):
                 cache.next_slots(2, 9)
+        cache.cache_pos -= 2
+        cache.assume(3)
+        with pytest.raises(ValueError, match="3 of its 8 slots are used, got 6 tokens more"):
+            cache.next_slots(2, 6)
+        cache.next_slots(2, 2)
+        cache.advance(2)
     assert reads.count == 0
     assert cache.size == 5
     assert cache.next_slots(2, 2).tolist() == [5, 6]
