@@ -1,7 +1,8 @@
 """Kernels for torchtune 0.6.1's decoders, and its builders as configs; needs the extra `torchtune`.
 
 ``accelerate(model)`` changes a model in place and ``undo(model)`` changes it back.
-``config_of(builder)`` gives the config of its shards.
+``CapturedStep()`` makes decode steps of its ``generate`` one CUDA graph. ``config_of(builder)``
+gives the config of its shards.
 """
 
 try:
@@ -13,6 +14,7 @@ except ImportError as error:
     ) from error
 
 from fastshard.integrations.torchtune.adapter import accelerate, undo
+from fastshard.integrations.torchtune.captured import CapturedStep
 from fastshard.integrations.torchtune.config import config_of
 
-__all__ = ["accelerate", "config_of", "undo"]
+__all__ = ["CapturedStep", "accelerate", "config_of", "undo"]

@@ -83,6 +83,19 @@ class KVCache(modules.KVCache):
         self._num_held = num_held
         self._counted = self.cache_pos, _version(self.cache_pos)
 
+    def follow(self, num_rows: int, num_tokens: int) -> None:
+        """Count tokens that a CUDA graph is about to append, which runs no host code.
+
+        Raises:
+            ValueError: as ``next_slots``.
+        """
+        self.next_slots(num_rows, num_tokens)
+        self.assume(self._num_held + num_tokens)
+
+    def recount(self) -> None:
+        """Read ``cache_pos`` when the count is needed next."""
+        self._counted = None
+
     def reset(self) -> None:
         """Empty the cache.
 

@@ -1,6 +1,8 @@
 """accelerate and undo: the same model, as accurate as torchtune's, in place and back."""
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
@@ -441,6 +443,14 @@ def test_models_without_anything_to_replace():
     with pytest.raises(ValueError, match=text):
         accelerate(model)
     assert undo(model) is model
+
+
+def test_without_torchtune_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchtune", None)
+    monkeypatch.delitem(sys.modules, "fastshard.integrations.torchtune")
+    text = r"needs torchtune \(.*\): pip install 'fastshard\[torchtune\]'"
+    with pytest.raises(ImportError, match=text):
+        importlib.import_module("fastshard.integrations.torchtune")
 
 
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
