@@ -123,8 +123,8 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
                 raise Unavailable("compiled for this model and batch only with --compile-all")
             if kind == "eager":
                 steps[kind] = lambda tokens: plain(tokens, position)
-            elif kind in ("torchtune", "accelerated torchtune"):
-                how = {"is_accelerated": kind != "torchtune"}
+            elif kind.endswith("torchtune"):
+                how = {"is_accelerated": kind != "torchtune", "is_captured": "captured" in kind}
                 steps[kind] = TorchtuneDecoder(model.model, batch, context, **how).step
             else:
                 steps[kind] = _compiled(bench, plain, tokens, position, **COMPILERS[kind])
@@ -142,6 +142,7 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
     own = {f"fastshard {mode}": partial(ours, mode) for mode in settings.modes}
     if "torchtune" in settings.peers:
         own["fastshard torchtune"] = partial(peer, "accelerated torchtune")
+        own["fastshard torchtune graph"] = partial(peer, "captured torchtune")
     for sampled in (False, True):
         yield Case(
             name="decode",

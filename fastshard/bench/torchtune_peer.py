@@ -6,6 +6,7 @@ Needs the ``torchtune`` extra; where it is missing, variants are skipped with th
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -54,6 +55,7 @@ class TorchtuneDecoder:
         batch_size: b.
         slots: Of the caches, which hold what the model's first ones hold.
         is_accelerated: By ``fastshard.integrations.torchtune``: weights are copied once more.
+        is_captured: Then steps go through its ``CapturedStep``.
 
     Raises:
         Unavailable: torchtune is not installed, or has no such model.
@@ -66,16 +68,20 @@ class TorchtuneDecoder:
         slots: int,
         *,
         is_accelerated: bool = False,
+        is_captured: bool = False,
     ):
         self._decoder = _decoder(model.config, model.device)
         state = {name: weight.contiguous() for name, weight in model.state_dict().items()}
         self._decoder.load_state_dict(state, assign=True)
         self._decoder.requires_grad_(False).eval()
         self._is_accelerated = is_accelerated
+        self._run: Callable[..., Tensor] = self._decoder
         if is_accelerated:
-            from fastshard.integrations.torchtune import accelerate
+            from fastshard.integrations.torchtune import CapturedStep, accelerate
 
             accelerate(self._decoder)
+            if is_captured:
+                self._run = partial(CapturedStep().logits, self._decoder)
         with model.device:
             self._decoder.setup_caches(batch_size, model.dtype, decoder_max_seq_len=slots)
         # Rows of one tensor: all layers go back by one copy, not by one each
@@ -97,9 +103,8 @@ class TorchtuneDecoder:
         """Logits of the last slot's tokens: ``[b]`` int64 to ``[b, vocab_size]`` float32."""
         last = len(self._all) - 1
         self._start_at(last)
-        logits = self._decoder(
-            tokens[:, None], mask=self._mask[:, last:], input_pos=self._all[None, last:]
-        )
+        mask, positions = self._mask[:, last:], self._all[None, last:]
+        logits = self._run(tokens=tokens[:, None], mask=mask, input_pos=positions)
         return logits[:, 0]
 
     @torch.no_grad()

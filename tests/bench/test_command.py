@@ -337,7 +337,7 @@ SDPA = {"fastshard", "sdpa flash", "sdpa math"}
             4,
             {
                 "": {"fastshard persistent", "fastshard eager", "fastshard torchtune"}
-                | TORCHTUNE - {"fastshard"}
+                | {"fastshard torchtune graph", "torch eager", "torchtune"}
             },
         ),
     ],

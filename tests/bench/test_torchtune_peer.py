@@ -72,6 +72,22 @@ def test_a_prefill(model, is_accelerated):
     assert relative_error(step, golden) < 1e-5  # so the caches hold the prompt
 
 
+def test_a_captured_step_goes_through_the_adapters(model, monkeypatch):
+    from fastshard.integrations.torchtune import captured
+
+    keys = []
+    key_of = captured._key
+    monkeypatch.setattr(captured, "is_gpu", lambda device: True)
+    monkeypatch.setattr(captured, "_key", lambda *a: keys.append(key_of(*a)))
+    decoder = TorchtuneDecoder(model, 2, SLOTS, is_accelerated=True, is_captured=True)
+    tokens = torch.tensor([5, 70])
+    golden = PlainDecoder(model, 2, SLOTS).golden(tokens, torch.tensor([SLOTS - 1]))
+    for _ in range(2):
+        assert relative_error(decoder.step(tokens), golden) < 1e-5
+    assert keys[0] == keys[1]  # so the second step would be captured
+    assert keys[0] is not None
+
+
 def test_weights_are_shared_and_the_models_caches_kept(model):
     caches = [layer.attn.kv_cache for layer in model.layers.values()]
     keys = [cache.k_cache.clone() for cache in caches]

@@ -49,11 +49,12 @@ class CapturedStep:
         Returns:
             Tokens, ``[b, 1]`` int32, and logits, ``[b, 1, vocab_size]`` float32.
         """
-        logits = self._logits(model, {"tokens": x, "mask": mask, "input_pos": input_pos})[:, -1]
+        logits = self.logits(model, tokens=x, mask=mask, input_pos=input_pos)[:, -1]
         tokens = sample(logits.clone(), temperature=temperature, top_k=top_k, q=q)
         return tokens, logits.unsqueeze(1)
 
-    def _logits(self, model: modules.TransformerDecoder, inputs: dict[str, Tensor]) -> Tensor:
+    def logits(self, model: modules.TransformerDecoder, **inputs: Tensor | None) -> Tensor:
+        """``model(tokens=, mask=, input_pos=)``, by a replay where it can be."""
         key = _key(model, inputs)
         if key is None or key != self._key:
             self._model, self._key, self._replay = model, key, None
