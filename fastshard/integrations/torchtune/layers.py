@@ -36,11 +36,16 @@ class RMSNorm(modules.RMSNorm):
         self.scale = theirs.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x``, ``[..., dim]``; contiguous result of its dtype."""
+        """Normalise ``x``, ``[..., dim]``; by torchtune's code if the scale has another dtype."""
+        if x.dtype != self.scale.dtype:
+            return super().forward(x)
         return ops.rms_norm(x, self.scale, self.eps, weight_in_fp32=True)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(norm(x + residual), x + residual)`` in one pass; both ``[..., dim]``."""
+        if x.dtype != self.scale.dtype:
+            residual = x + residual
+            return self(residual), residual
         return ops.add_rms_norm(x, residual, self.scale, self.eps, weight_in_fp32=True)
 
 

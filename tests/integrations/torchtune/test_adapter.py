@@ -422,6 +422,17 @@ def test_what_the_ops_cannot_compute_is_left_and_named(name):
         assert torch.equal(value, state[key])
 
 
+def test_a_norm_of_another_dtype_than_its_scale():
+    theirs = modules.RMSNorm(64, 0.1)
+    nn.init.normal_(theirs.scale, 1.0)
+    ours = RMSNorm(theirs)
+    x, y = torch.randn(2, 3, 64).bfloat16()
+    assert torch.equal(ours(x), theirs(x))
+    normed, total = ours.add(x, y)
+    assert torch.equal(total, x + y)
+    assert torch.equal(normed, theirs(x + y))
+
+
 def test_a_hook_of_a_layer_is_called():
     model = build()
     expected = model(tokens(2, 9))
