@@ -1,8 +1,10 @@
 """accelerate and undo: the same model, as accurate as torchtune's, in place and back."""
 
 import copy
+import gc
 import importlib
 import sys
+import weakref
 
 import pytest
 import torch
@@ -266,6 +268,16 @@ def test_contexts_of_caches():
     torch.testing.assert_close(ours(tokens(2, 9)), build()(tokens(2, 9)), **CLOSE)
 
 
+def test_deleted_caches_are_freed():
+    model = build()
+    model.setup_caches(2, torch.float32, decoder_max_seq_len=12)
+    accelerate(model)
+    keys = weakref.ref(model.layers[0].attn.kv_cache.k_cache)
+    delete_kv_caches(model)
+    gc.collect()
+    assert keys() is None
+
+
 class Recorder(TorchDispatchMode):
     """Remembers the calls of ops."""
 
@@ -420,6 +432,16 @@ def test_what_the_ops_cannot_compute_is_left_and_named(name):
         assert torch.equal(undo(model)(tokens(2, 9)), expected)
     for key, value in undo(model).state_dict().items():
         assert torch.equal(value, state[key])
+
+
+def test_a_norm_is_rounded_once():
+    theirs = modules.RMSNorm(64, 0.1)
+    nn.init.normal_(theirs.scale, 1.0)
+    ours, x = RMSNorm(theirs.bfloat16()), torch.randn(500, 64).bfloat16()
+    # Sums in another order move one of 2^16 roundings of float32 to bfloat16; a rounding before the
+    # scale is multiplied would move every fourth.
+    assert (ours(x) != theirs(x)).float().mean() < 0.001
+    assert (ours.add(x, 0 * x)[0] != theirs(x)).float().mean() < 0.001
 
 
 def test_a_norm_of_another_dtype_than_its_scale():
