@@ -82,7 +82,7 @@ def undo(model: nn.Module) -> nn.Module:
 
 
 def _choose(model: nn.Module) -> tuple[list[str], dict[str, list[str]]]:
-    """Paths of what can be replaced, norms first; and reason -> paths of what cannot."""
+    """Paths of what can be replaced, and reason -> paths of what cannot."""
     chosen, left, dtype = [], {}, _dtype(model)
     places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for path, theirs in _parts(model).items():
@@ -93,8 +93,6 @@ def _choose(model: nn.Module) -> tuple[list[str], dict[str, list[str]]]:
             chosen.append(path)
         else:
             left.setdefault(reason, []).append(path)
-    # An attention takes its norms along: they are replaced before it.
-    chosen.sort(key=lambda path: type(model.get_submodule(path)) is not modules.RMSNorm)
     return chosen, left
 
 

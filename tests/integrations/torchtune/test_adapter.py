@@ -434,6 +434,19 @@ def test_what_the_ops_cannot_compute_is_left_and_named(name):
         assert torch.equal(value, state[key])
 
 
+def test_norms_of_an_attention_are_replaced_too():
+    norm = {"attn__q_norm": lambda old: modules.RMSNorm(16, 0.1)}
+    model = changed(**norm, attn__k_norm=norm["attn__q_norm"])
+    parts, expected = dict(model.named_modules()), model(tokens(2, 9))
+    accelerate(model)
+    assert type(model.layers[1].attn.q_norm) is type(model.layers[1].attn.k_norm) is RMSNorm
+    torch.testing.assert_close(model(tokens(2, 9)), expected, **CLOSE)
+    model.layers[1].attn.q_norm.scale.zero_()
+    undo(model)
+    assert all(part is parts[path] for path, part in model.named_modules())
+    assert not model.layers[1].attn.q_norm.scale.any()
+
+
 def test_a_norm_is_rounded_once():
     theirs = modules.RMSNorm(64, 0.1)
     nn.init.normal_(theirs.scale, 1.0)
