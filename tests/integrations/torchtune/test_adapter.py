@@ -361,6 +361,13 @@ def biased(old: nn.Linear) -> nn.Linear:
     return nn.Linear(old.in_features, old.out_features)
 
 
+class OtherLinear(nn.Linear):
+    """As layers for quantisation-aware training are: with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 class OtherTensor(torch.Tensor):
     pass
 
@@ -402,6 +409,10 @@ LEFT = {
     "hook": (
         lambda: changed(attn__output_proj=with_hook),
         r"layers\.1\.attn \(hooks would not be called\)",
+    ),
+    "subclass of a linear layer": (
+        lambda: changed(mlp__w2=lambda old: OtherLinear(80, 64, bias=False)),
+        r"layers\.1\.mlp \(w2 is a OtherLinear\)",
     ),
     "another tensor": (
         lambda: changed(mlp__w1=with_other_tensor),
