@@ -148,6 +148,17 @@ def test_decoders_that_fastshard_has_not(change, text):
         config_of(changed(change))
 
 
+def test_a_builder_is_called_without_memory():
+    built = []
+
+    def builder():
+        built.append(qwen2.qwen2(**TINY))
+        return built[0]
+
+    assert config_of(builder) == config_of(qwen2.qwen2(**TINY))
+    assert all(parameter.is_meta for parameter in built[0].parameters())
+
+
 def test_what_is_no_decoder():
     text = "model must be or build a torchtune TransformerDecoder, got Linear"
     with pytest.raises(ValueError, match=text):
