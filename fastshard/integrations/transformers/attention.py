@@ -1,0 +1,245 @@
+"""Attention and mask function ``fastshard`` of transformers' interfaces.
+
+Any model that reads ``ALL_ATTENTION_FUNCTIONS`` can ask for them: ``attn_implementation=
+"fastshard"``. What the mask function gives is one of these:
+
+* None: causal. Of more keys than queries, and more than one query, only the first keys count: a new
+  prompt in a static cache. (So ``sdpa`` means it, too.)
+* A span, ``[b, 1, 1, 2]`` int64: causal from the first key to the end, the last query's own key,
+  without a tensor of queries by keys.
+* A bool mask ``[b, 1, s, S]``, True = attend: all else, and padding of a single query.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from fastshard import ops
+
+NAME = "fastshard"
+# Model types whose layers pass their sliding window to the attention function.
+WINDOWED = {"llama", "mistral", "qwen2", "qwen3"}
+_UNSUPPORTED = ("position_bias", "s_aux", "cu_seq_lens_q", "block_table")
+
+
+def register() -> None:
+    """Make the name known to transformers."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attend as transformers' attention functions do, for inference.
+
+    Args:
+        module: Its ``is_causal`` counts where the argument is None.
+        query: ``[b, num_qo_heads, s, head_dim]``.
+        key: ``[b, num_kv_heads, S, head_dim]``.
+        value: Shape of ``key``.
+        attention_mask: What ``mask`` gave, or ``[b | 1, 1, s, S]``, bool or floating (added).
+        dropout: 0.
+        scaling: By default ``head_dim ** -0.5``.
+        is_causal: What no mask means.
+        sliding_window: Keys that a query sees; a part of the causal rule, not of a mask.
+        softcap: As in :func:`fastshard.ops.attention`.
+
+    Returns:
+        ``[b, s, num_qo_heads, head_dim]`` and None, as no weights are kept.
+
+    Raises:
+        ValueError: dropout, attention weights or another feature that the kernels lack is asked
+            for; or a mask of another form.
+        RuntimeError: a gradient is asked for.
+    """
+    if dropout:
+        raise ValueError(f"dropout must be 0 for attention {NAME!r}, got {dropout}{_OTHERS}")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} must be None for attention {NAME!r}{_OTHERS}")
+    check_no_weights(kwargs)
+    check_no_gradient(query, key, value)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    options = {"softcap": softcap, "softmax_scale": scaling}
+    return attend(q, k, v, attention_mask, is_causal, window=sliding_window, **options), None
+
+
+_OTHERS = "; attn_implementation 'eager' or 'sdpa' can do it"
+
+
+def check_no_weights(kwargs: dict) -> None:
+    """Raise where the caller wants attention weights."""
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            f"output_attentions must be False for attention {NAME!r}, which keeps no weights"
+            "; attn_implementation 'eager' can do it"
+        )
+
+
+def check_no_gradient(*tensors: Tensor) -> None:
+    """Raise where autograd would have to go through a kernel."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"attention {NAME!r} computes no gradients: call it under torch.no_grad(), "
+            "or train with attn_implementation 'eager' or 'sdpa'"
+        )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool = True,
+    *,
+    window: int | None = None,
+    kv_lengths: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """Attend by the rules that a mask of this module stands for.
+
+    Args:
+        q: ``[b, s, num_qo_heads, head_dim]``.
+        k: ``[b, S, num_kv_heads, head_dim]``.
+        v: Shape of ``k``.
+        mask: As ``attention_mask`` of :func:`attention`.
+        is_causal: What None means.
+        window: Counts where the rule is causal.
+        kv_lengths: ``[b]``, keys in use where a static cache knows them; else a span says it.
+        options: Further keywords of :func:`fastshard.ops.attention`.
+
+    Returns:
+        ``[b, s, num_qo_heads, head_dim]``.
+    """
+    b, s = q.shape[:2]
+    if mask is None:
+        if is_causal and kv_lengths is None and 1 < s < k.shape[1]:
+            k, v = k[:, :s], v[:, :s]
+        window = window if is_causal else None
+        return ops.attention(
+            q, k, v, causal=is_causal, kv_lengths=kv_lengths, window=window, **options
+        )
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask must be [1 or {b}, 1, {s}, keys], one for all heads, "
+            f"got shape {list(mask.shape)}"
+        )
+    if mask.dtype != torch.int64:
+        return ops.attention(q, k, v, mask=mask[:, 0], kv_lengths=kv_lengths, **options)
+    if mask.shape[2:] != (1, 2):
+        raise ValueError(f"attention_mask must be bool or floating, got {mask.dtype}")
+    first_key, end = mask[:, 0, 0].expand(b, 2).unbind(1)
+    kv_lengths = end if kv_lengths is None else kv_lengths
+    rules = {"kv_lengths": kv_lengths, "first_key": first_key, "window": window}
+    return ops.attention(q, k, v, causal=True, **rules, **options)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    config=None,
+    **kwargs,
+) -> Tensor | None:
+    """Make a mask as transformers' mask functions do, but as little of it as the kernels need.
+
+    Of a single query nothing is read back from the device. Of more, a host read finds padding on
+    the left, once a call; not while a compiler traces.
+
+    Args:
+        batch_size: b.
+        q_length: s.
+        kv_length: S, the keys that attention gets.
+        q_offset: Tokens before the first query; on the device for a static cache.
+        kv_offset: Tokens before the first of those keys.
+        mask_function: The rule; of another than the causal one a full mask is made.
+        attention_mask: ``[b, tokens]``, False = padding.
+        local_size: Size of the sliding window, or of a chunk.
+        allow_is_causal_skip: False where the caller changed the rule.
+        device: Of the mask.
+        config: The model's.
+
+    Returns:
+        See the head of this module.
+    """
+    full = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "device": device,
+        **kwargs,
+    }
+    is_causal = mask_function is causal_mask_function
+    if q_length == 1:
+        if is_causal and local_size is None:
+            return _single_query_mask(batch_size, kv_length, q_offset, attention_mask, device)
+        return sdpa_mask(**full, allow_is_causal_skip=False)
+    is_windowed = local_size is not None and getattr(config, "model_type", None) in WINDOWED
+    is_plain = is_causal or (is_windowed and allow_is_causal_skip)
+    is_traced = any(isinstance(t, Tensor) and is_tracing(t) for t in (q_offset, attention_mask))
+    if is_traced or not is_plain:
+        return sdpa_mask(**full, allow_is_causal_skip=allow_is_causal_skip)
+    q_offset = int(q_offset)
+    end = q_offset + q_length - kv_offset
+    first_key = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    is_padded = False
+    if attention_mask is not None:
+        is_kept = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        is_kept = is_kept[:, kv_offset : kv_offset + end].bool()
+        first_key = end - is_kept.sum(-1)
+        is_left = is_kept == (torch.arange(end, device=device) >= first_key[:, None])
+        is_left, is_padded = torch.stack([is_left.all(), first_key.any()]).tolist()
+        if not is_left:
+            return sdpa_mask(**full, allow_is_causal_skip=False)
+    if q_offset == 0 and not is_padded:
+        return None
+    return torch.stack([first_key, torch.full_like(first_key, end)], dim=-1)[:, None, None]
+
+
+def _single_query_mask(
+    batch_size: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+) -> Tensor | None:
+    """The causal rule and padding of one query a row, ``[b, 1, 1, S]`` bool, a span or None."""
+    is_last = isinstance(q_offset, int) and q_offset + 1 >= kv_length
+    if attention_mask is None:
+        if is_last:
+            return None
+        end = torch.as_tensor(q_offset + 1, device=device).reshape(1)
+        return nn.functional.pad(end, (1, 0)).expand(batch_size, 1, 1, 2)
+    is_kept = prepare_padding_mask(attention_mask, kv_length, 0)[:, :kv_length].bool()
+    if not is_last:
+        is_kept = is_kept & (torch.arange(kv_length, device=device) <= q_offset)
+    return is_kept[:, None, None]
