@@ -142,9 +142,7 @@ def _check_hooks(model: PreTrainedModel, decoder: nn.Module) -> None:
 def _check_linear(name: str, module: nn.Module) -> None:
     if type(module) is not nn.Linear:
         kind = f"{type(module).__module__}.{type(module).__name__}"
-        raise TypeError(
-            f"{name} must be a torch.nn.Linear, neither quantised nor adapted, got {kind}"
-        )
+        raise TypeError(f"{name} must be torch.nn.Linear, not quantised or adapted, got {kind}")
     if type(module.weight) is not nn.Parameter or type(module.weight.data) is not torch.Tensor:
         kind = type(module.weight.data).__name__
         raise TypeError(f"{name}.weight must be a plain tensor, not quantised, got {kind}")
