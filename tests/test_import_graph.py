@@ -96,7 +96,7 @@ def test_finds_a_planted_import(tmp_path, file, statement, imported):
         "cli.py": "from fastshard import Shard\nfrom fastshard.generate import x",
         "environment.py": "import os",
         "generate.py": "from fastshard import dist, models\nfrom fastshard.checkpoint import index",
-        "integrations/torchtune.py": "from fastshard import nn\nfrom fastshard.integrations import x",
+        "integrations/torchtune.py": "from fastshard import nn\nfrom . import x",
         "dist/pipeline.py": "from fastshard.models import decoder",
         "checkpoint/index.py": "from fastshard.models import decoder\nfrom . import names",
         "checkpoint/names.py": "",
