@@ -5,12 +5,9 @@ import warnings
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from fastshard.integrations.replacement import Replacements
+from fastshard.integrations.transformers.decode_graph import MODELS, graphed
 from fastshard.integrations.transformers.layers import fused
 from fastshard.integrations.transformers.modules import (
     ACTIVATIONS,
@@ -23,8 +20,6 @@ from fastshard.integrations.transformers.modules import (
 from fastshard.integrations.transformers.settings import Settings
 from fastshard.ops.attention import MAX_HEAD_DIM
 
-MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
-
 
 def accelerate(model: PreTrainedModel) -> PreTrainedModel:
     """Let a transformers model run by the kernels of fastshard: changes it in place.
@@ -32,8 +27,9 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
     Attention, MLPs, norms, rotary embedding and output layer are replaced by modules with the same
     parameters, under the same names: nothing is kept twice, and the state dict stays as it is.
     ``generate``, every cache, ``save_pretrained``, ``.to()`` and ``deepcopy`` go on working. The
-    model is for inference then: no parameter requires a gradient. ``generate`` does not compile of
-    itself where it would with a static cache. A model that is accelerated is left as it is.
+    model is for inference then: no parameter requires a gradient. Single tokens over a static cache
+    are replayed from a CUDA graph on a GPU, and ``generate`` does not compile of itself where it
+    would with such a cache. A model that is accelerated is left as it is.
 
     Args:
         model: A Llama, Mistral, Qwen2 or Qwen3 model with any head, in eval mode, all on one
@@ -90,6 +86,8 @@ def _replace(model: PreTrainedModel, decoder: nn.Module, done: Replacements) -> 
     done.put(decoder, "rotary_emb", Rotary(decoder.rotary_emb))
     if type(model.get_output_embeddings()) is nn.Linear:
         done.put(model, "lm_head", Projection(model.lm_head))
+    if decoder is not model:
+        done.put(model, model.base_model_prefix, graphed(decoder))
 
 
 def _checked(model: PreTrainedModel) -> nn.Module:
