@@ -200,7 +200,9 @@ def test_masks_say_what_transformers_says(cache, kind, window):
             expected = expanded(None, s, kv_length, window)
         actual = masks["fastshard"]
         assert torch.equal(expanded(actual, s, kv_length, window), expected)
-        if s > 1 and kind != "right":
+        # With a static cache, transformers 5.4 asks for the whole mask of a window.
+        may_be_short = CACHE == "cache" or window is None or cache != "static"
+        if s > 1 and kind != "right" and may_be_short:
             assert actual is None or actual.dtype == torch.int64  # no queries by keys
         if held is not None:
             states = torch.zeros(B, 1, s, 8)

@@ -143,7 +143,7 @@ def test_graphs_stay_out_of_copies(captures):
     model = accelerate(tiny_model("llama"))
     expected = generated(model)
     assert torch.equal(generated(copy.deepcopy(model)), expected)
-    assert type(undo(model).model) in decode_graph.MODELS
+    assert "forward" not in vars(undo(model).model)
 
 
 @CUDA_ONLY

@@ -5,9 +5,13 @@ import warnings
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from fastshard.integrations.replacement import Replacements
-from fastshard.integrations.transformers.decode_graph import MODELS, graphed
+from fastshard.integrations.transformers.decode_graph import use_graphs, use_no_graphs
 from fastshard.integrations.transformers.layers import fused
 from fastshard.integrations.transformers.modules import (
     ACTIVATIONS,
@@ -19,6 +23,8 @@ from fastshard.integrations.transformers.modules import (
 )
 from fastshard.integrations.transformers.settings import Settings
 from fastshard.ops.attention import MAX_HEAD_DIM
+
+MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 
 def accelerate(model: PreTrainedModel) -> PreTrainedModel:
@@ -55,6 +61,7 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
         done.undo(model)
         raise
     before.change(model)
+    use_graphs(decoder)
     done.keep_in(model)
     return model
 
@@ -69,6 +76,7 @@ def undo(model: PreTrainedModel) -> PreTrainedModel:
     if done is None:
         return model
     done.undo(model)
+    use_no_graphs(model.base_model)
     Settings.restore(model)
     return model
 
@@ -86,8 +94,6 @@ def _replace(model: PreTrainedModel, decoder: nn.Module, done: Replacements) -> 
     done.put(decoder, "rotary_emb", Rotary(decoder.rotary_emb))
     if type(model.get_output_embeddings()) is nn.Linear:
         done.put(model, "lm_head", Projection(model.lm_head))
-    if decoder is not model:
-        done.put(model, model.base_model_prefix, graphed(decoder))
 
 
 def _checked(model: PreTrainedModel) -> nn.Module:

@@ -6,6 +6,7 @@ captured; from then on inputs are copied to where the graph reads them. Whatever
 decoding (another cache, several tokens, outputs to be recorded, hooks, a compiler) runs as before.
 """
 
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from fastshard.decode.modes import is_gpu
 from fastshard.decode.static import capture
@@ -27,48 +24,25 @@ _ARGUMENTS = {"attention_mask", "position_ids", "cache", "past_key_values", "use
 _steps: "weakref.WeakKeyDictionary[Cache, _Step]" = weakref.WeakKeyDictionary()
 
 
-class _Graphed:
-    """The forward pass of all four families' decoders."""
-
-    def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
-        """As the class beside this one in the bases."""
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        if args or not _is_plain_step(self, input_ids, cache, kwargs):
-            return super().forward(input_ids, *args, **kwargs)
-        step = _steps.get(cache)
-        if step is None:
-            step = _steps[cache] = _Step()
-        return step.run(self, super().forward, cache, {"input_ids": input_ids, **kwargs})
+def use_graphs(decoder: nn.Module) -> None:
+    """Let ``decoder`` replay its steps: an instance's ``forward`` goes before its class's."""
+    decoder.__dict__["forward"] = types.MethodType(forward, decoder)
 
 
-class GraphedLlama(_Graphed, LlamaModel):
-    pass
+def use_no_graphs(decoder: nn.Module) -> None:
+    """Take back ``use_graphs``."""
+    del decoder.__dict__["forward"]
 
 
-class GraphedMistral(_Graphed, MistralModel):
-    pass
-
-
-class GraphedQwen2(_Graphed, Qwen2Model):
-    pass
-
-
-class GraphedQwen3(_Graphed, Qwen3Model):
-    pass
-
-
-_GRAPHED = {
-    cls.__mro__[2]: cls for cls in (GraphedLlama, GraphedMistral, GraphedQwen2, GraphedQwen3)
-}
-MODELS = tuple(_GRAPHED)
-
-
-def graphed(decoder: nn.Module) -> nn.Module:
-    """A stand-in of ``decoder``, over the same modules."""
-    cls = _GRAPHED[type(decoder)]
-    stand_in = cls.__new__(cls)
-    stand_in.__dict__.update(decoder.__dict__)
-    return stand_in
+def forward(decoder: nn.Module, input_ids: Tensor | None = None, *args, **kwargs):
+    """As ``forward`` of the decoder's class. Of its name: pickle finds a method by it."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if args or not _is_plain_step(decoder, input_ids, cache, kwargs):
+        return type(decoder).forward(decoder, input_ids, *args, **kwargs)
+    step = _steps.get(cache)
+    if step is None:
+        step = _steps[cache] = _Step()
+    return step.run(decoder, cache, {"input_ids": input_ids, **kwargs})
 
 
 class _Step:
@@ -80,18 +54,19 @@ class _Step:
         self._inputs: list[Tensor] = []
         self._result: Any = None
         self._hidden: Tensor | None = None
+        self._held: list[Tensor] = []
 
-    def run(self, decoder: nn.Module, forward: Callable, cache: Cache, arguments: dict):
-        """Run ``forward(**arguments)``, by its graph from the second time on."""
+    def run(self, decoder: nn.Module, cache: Cache, arguments: dict):
+        """Run the class's ``forward``, by its graph from the second time on."""
         inputs = _tensors(arguments)
         sources = _sources(decoder, cache, inputs)
         if sources != self._sources:  # a first token, a reordered cache, a moved model
             self._sources, self._replay = sources, None
-            return forward(**arguments)
+            return type(decoder).forward(decoder, **arguments)
         if self._replay is None and any(_has_hooks(module) for module in decoder.modules()):
-            return forward(**arguments)
+            return type(decoder).forward(decoder, **arguments)
         if self._replay is None:
-            self._capture(forward, arguments)
+            self._capture(decoder, arguments)
         else:
             for held, given in zip(self._inputs, inputs, strict=True):
                 held.copy_(given)
@@ -100,13 +75,15 @@ class _Step:
         # The next step overwrites what the graph wrote.
         return self._result(last_hidden_state=self._hidden.clone(), **{name: cache})
 
-    def _capture(self, forward: Callable, arguments: dict) -> None:
+    def _capture(self, decoder: nn.Module, arguments: dict) -> None:
         with torch.inference_mode(False):  # later steps may be outside of it
             arguments = _with_copies(arguments)
         self._inputs = _tensors(arguments)
+        # The graph reads them, also if the model is moved meanwhile: nothing else may lie there.
+        self._held = [t.detach() for t in (*decoder.parameters(), *decoder.buffers())]
 
         def launch() -> None:
-            out = forward(**arguments)
+            out = type(decoder).forward(decoder, **arguments)
             self._result, self._hidden = type(out), out.last_hidden_state
 
         self._replay = capture(launch, arguments["input_ids"].device)
@@ -124,7 +101,9 @@ def _is_plain_step(decoder: nn.Module, input_ids: Tensor | None, cache, kwargs: 
     masks = mask.values() if isinstance(mask, dict) else [mask]
     if any(not isinstance(m, Tensor) or m.dim() != 4 for m in masks):
         return False
-    if any(kwargs[name] not in (None, False) for name in kwargs.keys() - _ARGUMENTS):
+    if kwargs.get("use_cache") is False or any(
+        kwargs[name] not in (None, False) for name in kwargs.keys() - _ARGUMENTS
+    ):
         return False
     # Angles that depend on the length are chosen by the host.
     rope_type = decoder.rotary_emb.rotary.rope_type
