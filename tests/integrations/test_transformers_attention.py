@@ -211,10 +211,18 @@ def test_masks_say_what_transformers_says(cache, kind, window):
         seen += s
 
 
+def test_a_single_query_sees_no_slot_after_its_own():
+    arguments = {"batch_size": B, "q_length": 1, "kv_length": 6, "q_offset": torch.tensor(2)}
+    for padding in (torch.ones(B, 6, dtype=torch.bool), LEFT[:, :6]):
+        actual = module.mask(**arguments, attention_mask=padding)
+        assert torch.equal(actual[:, 0, 0], padding & (torch.arange(6) < 3))
+
+
 def test_another_rule_gets_a_full_mask():
     arguments = {"batch_size": B, "q_length": 6, "kv_length": 6, "device": "cpu"}
     sliding = {"mask_function": sliding_window_causal_mask_function(3), "local_size": 3}
     changed = {**arguments, **sliding, "allow_is_causal_skip": False}
+    changed["config"] = tiny_model("mistral").config
     assert torch.equal(module.mask(**changed), sdpa_mask(**changed))
     # A model whose layers may not pass their window to attention, or whose chunks look like one.
     other = {**arguments, **sliding, "config": tiny_model("llama").config}
