@@ -20,8 +20,16 @@ def captures(monkeypatch):
     done = []
 
     def capture(launch, device):
+        written = []
+
+        def replay():  # writes to the same memory each time
+            launch()
+            step = next(s for s in decode_graph._steps.values() if s._replay is replay)
+            written.append(step._hidden)
+            step._hidden = written[0].copy_(step._hidden)
+
         done.append(launch)
-        return launch
+        return replay
 
     monkeypatch.setattr(decode_graph, "is_gpu", lambda device: True)
     monkeypatch.setattr(decode_graph, "capture", capture)

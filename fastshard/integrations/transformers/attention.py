@@ -200,29 +200,48 @@ def mask(
     }
     is_causal = mask_function is causal_mask_function
     if q_length == 1:
-        if is_causal and local_size is None:
-            return _single_query_mask(batch_size, kv_length, q_offset, attention_mask, device)
-        return sdpa_mask(**full, allow_is_causal_skip=False)
+        if not is_causal:
+            return sdpa_mask(**full, allow_is_causal_skip=False)
+        of_keys = (attention_mask, allow_is_causal_skip, device)
+        return _single_query_mask(batch_size, kv_length, q_offset, *of_keys)
     is_windowed = local_size is not None and getattr(config, "model_type", None) in WINDOWED
-    is_plain = is_causal or (is_windowed and allow_is_causal_skip)
+    is_plain = allow_is_causal_skip and (is_causal or is_windowed)
     is_traced = any(isinstance(t, Tensor) and is_tracing(t) for t in (q_offset, attention_mask))
     if is_traced or not is_plain:
         return sdpa_mask(**full, allow_is_causal_skip=allow_is_causal_skip)
-    q_offset = int(q_offset)
+    sizes = (batch_size, q_length, kv_length, int(q_offset), kv_offset)
+    is_short, short = _short_mask(*sizes, attention_mask, device)
+    return short if is_short else sdpa_mask(**full, allow_is_causal_skip=False)
+
+
+def _short_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+) -> tuple[bool, Tensor | None]:
+    """Whether None or a span says the causal rule with this padding; and which."""
     end = q_offset + q_length - kv_offset
-    first_key = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    is_padded = False
+    first_key, is_padded = torch.zeros(batch_size, dtype=torch.int64, device=device), False
     if attention_mask is not None:
         is_kept = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        is_kept = is_kept[:, kv_offset : kv_offset + end].bool()
-        first_key = end - is_kept.sum(-1)
-        is_left = is_kept == (torch.arange(end, device=device) >= first_key[:, None])
-        is_left, is_padded = torch.stack([is_left.all(), first_key.any()]).tolist()
+        first_key, is_left, is_padded = _padding(is_kept[:, kv_offset : kv_offset + end].bool())
         if not is_left:
-            return sdpa_mask(**full, allow_is_causal_skip=False)
+            return False, None
     if q_offset == 0 and not is_padded:
-        return None
-    return torch.stack([first_key, torch.full_like(first_key, end)], dim=-1)[:, None, None]
+        return True, None
+    return True, torch.stack([first_key, torch.full_like(first_key, end)], dim=-1)[:, None, None]
+
+
+def _padding(is_kept: Tensor) -> tuple[Tensor, bool, bool]:
+    """The first key of each row, whether all padding is on the left, and whether there is any."""
+    length = is_kept.shape[1]
+    first_key = length - is_kept.sum(-1)
+    is_left = is_kept == (torch.arange(length, device=is_kept.device) >= first_key[:, None])
+    return first_key, *torch.stack([is_left.all(), first_key.any()]).tolist()
 
 
 def _single_query_mask(
@@ -230,16 +249,15 @@ def _single_query_mask(
     kv_length: int,
     q_offset: int | Tensor,
     attention_mask: Tensor | None,
+    may_be_none: bool,
     device: torch.device | str,
 ) -> Tensor | None:
-    """The causal rule and padding of one query a row, ``[b, 1, 1, S]`` bool, a span or None."""
+    """The causal rule and padding of one query a row, ``[b, 1, 1, S]`` bool or None."""
     is_last = isinstance(q_offset, int) and q_offset + 1 >= kv_length
-    if attention_mask is None:
-        if is_last:
-            return None
-        end = torch.as_tensor(q_offset + 1, device=device).reshape(1)
-        return nn.functional.pad(end, (1, 0)).expand(batch_size, 1, 1, 2)
-    is_kept = prepare_padding_mask(attention_mask, kv_length, 0)[:, :kv_length].bool()
-    if not is_last:
-        is_kept = is_kept & (torch.arange(kv_length, device=device) <= q_offset)
-    return is_kept[:, None, None]
+    if attention_mask is None and is_last and may_be_none:
+        return None
+    is_kept = torch.arange(kv_length, device=device) <= q_offset
+    if attention_mask is not None:
+        padding = prepare_padding_mask(attention_mask, kv_length, 0)[:, :kv_length].bool()
+        is_kept = padding if is_last else is_kept & padding
+    return is_kept.expand(batch_size, kv_length)[:, None, None]
