@@ -156,6 +156,17 @@ def test_masks_that_are_not_known_are_an_error():
         logits(model)
 
 
+def test_paged_caches_are_an_error():
+    class PagedAttentionCache:  # transformers' has no base in common with its other caches
+        pass
+
+    model, x = accelerate(tiny_model("llama")), torch.zeros(1, 2, 64)
+    arguments = {"position_embeddings": model.model.rotary_emb(x, torch.arange(2)[None])}
+    text = "must be a transformers Cache for attention 'fastshard', got PagedAttentionCache; .*sdpa"
+    with pytest.raises(TypeError, match=text):
+        model.model.layers[0].self_attn(x, cache=PagedAttentionCache(), **arguments)
+
+
 def test_a_layer_of_a_stand_in_cannot_be_replaced():
     model = accelerate(tiny_model("llama"))
     text = r"o_proj of an accelerated model cannot be replaced.*undo\(model\) first"
