@@ -6,7 +6,7 @@ Logits and caches are held to float64; tokens of greedy and seeded generation ar
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 from transformers.cache_utils import StaticLayer
 
 from fastshard.integrations.transformers import accelerate
@@ -144,6 +144,20 @@ def test_a_static_cache_serves_the_next_prompt():
         cache.reset()
         text = generated(model, prompt, **{CACHE: cache})
         assert torch.equal(text, generated(plain, prompt))
+
+
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no such cache"
+)
+def test_a_quantised_cache():
+    plain, prompt = tiny_model("llama"), random_tokens(2, 9)
+    model = accelerate(twin(plain))
+    texts = []
+    for m in (model, plain):
+        cache = QuantizedCache("fp8", config=m.config)
+        texts.append(generated(m, prompt, **{CACHE: cache}))
+        assert isinstance(cache.layers[0], cache_utils.Fp8QuantizedLayer)
+    assert torch.equal(*texts)
 
 
 def test_a_static_layer_is_attended_to_in_place(monkeypatch):
