@@ -15,6 +15,7 @@ from fastshard.integrations.transformers.decode_graph import use_graphs, use_no_
 from fastshard.integrations.transformers.layers import fused
 from fastshard.integrations.transformers.modules import (
     ACTIVATIONS,
+    CAPTURING_HOOK,
     MLP,
     Attention,
     Projection,
@@ -139,7 +140,7 @@ def _check_hooks(model: PreTrainedModel, decoder: nn.Module) -> None:
             continue
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # But for transformers' own, which capture weights: accelerated layers keep none.
-        if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):
+        if any(getattr(hook, "__name__", "") != CAPTURING_HOOK for hook in hooks):
             raise ValueError(f"{name} must have no forward hooks to be replaced, got {len(hooks)}")
 
 

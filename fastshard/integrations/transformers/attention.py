@@ -7,7 +7,7 @@ Any model that reads ``ALL_ATTENTION_FUNCTIONS`` can ask for them: ``attn_implem
   prompt in a static cache. (So ``sdpa`` means it, too.)
 * A span, ``[b, 1, 1, 2]`` int64: causal from the first key to the end, the last query's own key,
   without a tensor of queries by keys.
-* A bool mask ``[b, 1, s, S]``, True = attend: all else, and padding of a single query.
+* A bool mask ``[b, 1, s, S]``, True = attend: all else.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_tracing
 from fastshard import ops
 
 NAME = "fastshard"
-# Model types whose layers pass their sliding window to the attention function.
+# Model types whose layers pass their masks and sliding windows on to the attention function.
 WINDOWED = {"llama", "mistral", "qwen2", "qwen3"}
 _UNSUPPORTED = ("position_bias", "s_aux", "cu_seq_lens_q", "block_table")
 
@@ -167,8 +167,8 @@ def mask(
 ) -> Tensor | None:
     """Make a mask as transformers' mask functions do, but as little of it as the kernels need.
 
-    Of a single query nothing is read back from the device. Of more, a host read finds padding on
-    the left, once a call; not while a compiler traces.
+    A read from the device finds padding on the left, once a call where there is an
+    ``attention_mask``; not while a compiler or a CUDA graph records.
 
     Args:
         batch_size: b.
@@ -199,12 +199,15 @@ def mask(
         **kwargs,
     }
     is_causal = mask_function is causal_mask_function
+    is_known = getattr(config, "model_type", None) in WINDOWED
     if q_length == 1:
         if not is_causal:
             return sdpa_mask(**full, allow_is_causal_skip=False)
-        of_keys = (attention_mask, allow_is_causal_skip, device)
+        # transformers wants a whole mask for a static cache, for the sake of its compiler.
+        may_be_short = allow_is_causal_skip or is_known
+        of_keys = (attention_mask, may_be_short, device)
         return _single_query_mask(batch_size, kv_length, q_offset, *of_keys)
-    is_windowed = local_size is not None and getattr(config, "model_type", None) in WINDOWED
+    is_windowed = local_size is not None and is_known
     is_plain = allow_is_causal_skip and (is_causal or is_windowed)
     is_traced = any(isinstance(t, Tensor) and is_tracing(t) for t in (q_offset, attention_mask))
     if is_traced or not is_plain:
@@ -228,19 +231,24 @@ def _short_mask(
     first_key, is_padded = torch.zeros(batch_size, dtype=torch.int64, device=device), False
     if attention_mask is not None:
         is_kept = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        first_key, is_left, is_padded = _padding(is_kept[:, kv_offset : kv_offset + end].bool())
+        first_key, is_left, is_padded = _padding(is_kept[:, kv_offset : kv_offset + end].bool(), end)
         if not is_left:
             return False, None
     if q_offset == 0 and not is_padded:
         return True, None
-    return True, torch.stack([first_key, torch.full_like(first_key, end)], dim=-1)[:, None, None]
+    return True, _span(first_key, end, batch_size)
 
 
-def _padding(is_kept: Tensor) -> tuple[Tensor, bool, bool]:
-    """The first key of each row, whether all padding is on the left, and whether there is any."""
-    length = is_kept.shape[1]
-    first_key = length - is_kept.sum(-1)
-    is_left = is_kept == (torch.arange(length, device=is_kept.device) >= first_key[:, None])
+def _padding(is_kept: Tensor, end: int | Tensor) -> tuple[Tensor, bool, bool]:
+    """The first key of each row, whether all padding is on the left, and whether there is any.
+
+    Args:
+        is_kept: ``[b, S]``, False = padding, and from ``end`` on.
+        end: One past the last key.
+    """
+    keys = torch.arange(is_kept.shape[1], device=is_kept.device)
+    first_key = end - is_kept.sum(-1)
+    is_left = is_kept == ((keys >= first_key[:, None]) & (keys < end))
     return first_key, *torch.stack([is_left.all(), first_key.any()]).tolist()
 
 
@@ -249,15 +257,37 @@ def _single_query_mask(
     kv_length: int,
     q_offset: int | Tensor,
     attention_mask: Tensor | None,
-    may_be_none: bool,
+    may_be_short: bool,
     device: torch.device | str,
 ) -> Tensor | None:
-    """The causal rule and padding of one query a row, ``[b, 1, 1, S]`` bool or None."""
+    """The causal rule and padding of one query a row, ``[b, 1, 1, S]`` bool, a span or None."""
     is_last = isinstance(q_offset, int) and q_offset + 1 >= kv_length
-    if attention_mask is None and is_last and may_be_none:
-        return None
-    is_kept = torch.arange(kv_length, device=device) <= q_offset
-    if attention_mask is not None:
-        padding = prepare_padding_mask(attention_mask, kv_length, 0)[:, :kv_length].bool()
-        is_kept = padding if is_last else is_kept & padding
-    return is_kept.expand(batch_size, kv_length)[:, None, None]
+    end = kv_length if is_last else q_offset + 1
+    first_key, is_padded = torch.zeros((), dtype=torch.int64, device=device), False
+    if attention_mask is not None or not may_be_short:
+        is_kept = torch.arange(kv_length, device=device) < end
+        if attention_mask is not None:
+            is_kept = is_kept & prepare_padding_mask(attention_mask, kv_length, 0)[:, :kv_length]
+        is_kept = is_kept.expand(batch_size, kv_length)
+        if not may_be_short or _is_recorded(q_offset, attention_mask):
+            return is_kept[:, None, None]
+        first_key, is_left, is_padded = _padding(is_kept, end)
+        if not is_left:
+            return is_kept[:, None, None]
+    return None if is_last and not is_padded else _span(first_key, end, batch_size)
+
+
+def _span(first_key: Tensor, end: int | Tensor, batch_size: int) -> Tensor:
+    """``[b, 1, 1, 2]`` int64, from ``first_key``, ``[b]`` or 0-d, and ``end``, 0-d."""
+    end = torch.as_tensor(end, device=first_key.device, dtype=torch.int64)
+    both = [tensor.expand(batch_size) for tensor in (first_key, end)]
+    return torch.stack(both, dim=-1)[:, None, None]
+
+
+def _is_recorded(*tensors: Tensor | int | None) -> bool:
+    """Whether a compiler or a CUDA graph records this: nothing may be read back."""
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if any(is_tracing(tensor) for tensor in tensors):
+        return True
+    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
+>>>>>>> d780e22 ([Integrations] Take tokens over a static cache in one op)

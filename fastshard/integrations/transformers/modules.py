@@ -22,6 +22,8 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+# transformers' own hooks, which see nothing unless outputs are asked for
+CAPTURING_HOOK = "output_capturing_hook"
 _MASKS = (NAME, "sdpa", "eager")  # attn_implementations
 
 
@@ -187,7 +189,7 @@ class Attention(StandIn):
                 f"cache must be a transformers Cache for attention {NAME!r}, got "
                 f"{type(cache).__name__}; undo(model) and attn_implementation 'sdpa' can do it"
             )
-        layer = None if cache is None else _static_layer(cache, self.layer_idx)
+        layer = None if cache is None else static_layer(cache, self.layer_idx)
         if layer is None:
             out = self._attend_by_update(q, k, v, position_embeddings, attention_mask, cache)
         else:
@@ -233,7 +235,7 @@ class Attention(StandIn):
     ) -> Tensor:
         table, rows, overflow = position_embeddings
         b, s = q.shape[:2]
-        _check_room(layer, s)
+        check_room(layer, s)
         if not layer.is_initialized:
             layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
         length = layer.cumulative_length.view(1)
@@ -255,7 +257,7 @@ class Attention(StandIn):
         return attend(q, *caches, mask, kv_lengths=lengths, **options, **rope)
 
 
-def _static_layer(cache: Cache, index: int) -> StaticLayer | None:
+def static_layer(cache: Cache, index: int) -> StaticLayer | None:
     """The cache's layer where it is a plain static one: its memory is as the kernels take it."""
     if type(cache).update is not Cache.update or cache.offloading or index >= len(cache.layers):
         return None
@@ -263,7 +265,7 @@ def _static_layer(cache: Cache, index: int) -> StaticLayer | None:
     return layer if type(layer) is StaticLayer else None
 
 
-def _check_room(layer: StaticLayer, num_tokens: int) -> None:
+def check_room(layer: StaticLayer, num_tokens: int) -> None:
     """Raise where the host can know that the cache is full without waiting for a device."""
     if torch.compiler.is_compiling() or not layer.is_initialized or layer.keys.is_cuda:
         return

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from fastshard.integrations.transformers.attention import NAME
+from fastshard.integrations.transformers.modules import Projection
+from fastshard.integrations.transformers.step import StepForward
 from fastshard.nn.linear import PackedLinears
 
 _ATTRIBUTE = "_fastshard_settings"
@@ -27,12 +29,15 @@ class Settings:
             model.generation_config.disable_compile = True
         model.__dict__[_ATTRIBUTE] = self
         model.__dict__["save_pretrained"] = _Saving(model, self)
+        if isinstance(model.get_output_embeddings(), Projection):
+            model.__dict__["forward"] = StepForward(model)
 
     @staticmethod
     def restore(model: PreTrainedModel) -> None:
         """Set everything as it was before ``change``."""
         before = model.__dict__.pop(_ATTRIBUTE)
-        del model.__dict__["save_pretrained"]
+        for name in ("save_pretrained", "forward"):
+            model.__dict__.pop(name, None)
         model.set_attn_implementation(before._attn_implementation)
         for name in before._trained:
             model.get_parameter(name).requires_grad_(True)
