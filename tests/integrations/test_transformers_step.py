@@ -172,6 +172,11 @@ CHANGES = {
     "assign": lambda model: model.load_state_dict(
         {name: tensor + 0.01 for name, tensor in model.state_dict().items()}, assign=True
     ),
+    "assign one": lambda model: model.load_state_dict(
+        {"model.layers.1.input_layernorm.weight": torch.full((128,), 2.0)},
+        strict=False,
+        assign=True,
+    ),
 }
 
 
@@ -246,6 +251,17 @@ def test_calls_by_hand(steps):
         model(follow, cache=caches[1])
     out = model(follow, cache=DynamicCache(config=plain.config), return_dict=False)
     assert isinstance(out, tuple)
+
+
+@torch.no_grad()
+def test_a_config_that_wants_hidden_states_gets_them(steps):
+    model = accelerate(build())
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    model(prompt()["input_ids"], cache=cache)
+    model.config.output_hidden_states = True
+    out = model(torch.tensor([[5]]), cache=cache)
+    assert steps == []
+    assert len(out.hidden_states) == 4
 
 
 def test_forward_has_the_signature_of_the_class_until_undo():

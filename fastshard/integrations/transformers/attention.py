@@ -290,4 +290,3 @@ def _is_recorded(*tensors: Tensor | int | None) -> bool:
     if any(is_tracing(tensor) for tensor in tensors):
         return True
     return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
->>>>>>> d780e22 ([Integrations] Take tokens over a static cache in one op)
