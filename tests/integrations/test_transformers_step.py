@@ -152,6 +152,14 @@ def test_padding_in_the_middle_and_large_batches_go_through_the_layers(batch, st
     assert torch.equal(smaller.sequences, generate(model, prompt()).sequences)
 
 
+def test_beams_step_over_the_caches_that_are_theirs(steps):
+    model, inputs = build(), prompt(2, 3)
+    expected = generate(model, inputs, num_beams=3)
+    found = generate(accelerate(model), inputs, num_beams=3)
+    assert steps == [6] * 5
+    assert torch.equal(found.sequences, expected.sequences)
+
+
 def test_a_hook_sees_every_token(steps):
     model, seen = accelerate(build()), []
     handle = model.model.layers[1].register_forward_hook(lambda *arguments: seen.append(1))

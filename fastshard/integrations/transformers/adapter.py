@@ -11,7 +11,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from fastshard.integrations.replacement import Replacements
-from fastshard.integrations.transformers.decode_graph import use_graphs, use_no_graphs
 from fastshard.integrations.transformers.layers import fused
 from fastshard.integrations.transformers.modules import (
     ACTIVATIONS,
@@ -35,8 +34,8 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
     parameters, under the same names: nothing is kept twice, and the state dict stays as it is.
     ``generate``, every cache, ``save_pretrained``, ``.to()`` and ``deepcopy`` go on working. The
     model is for inference then: no parameter requires a gradient. Single tokens over a static cache
-    are replayed from a CUDA graph on a GPU, and ``generate`` does not compile of itself where it
-    would with such a cache. A model that is accelerated is left as it is.
+    are one op, and ``generate`` does not compile of itself where it would with such a cache. A
+    model that is accelerated is left as it is.
 
     Args:
         model: A Llama, Mistral, Qwen2 or Qwen3 model with any head, in eval mode, all on one
@@ -62,7 +61,6 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
         done.undo(model)
         raise
     before.change(model)
-    use_graphs(decoder)
     done.keep_in(model)
     return model
 
@@ -77,7 +75,6 @@ def undo(model: PreTrainedModel) -> PreTrainedModel:
     if done is None:
         return model
     done.undo(model)
-    use_no_graphs(model.base_model)
     Settings.restore(model)
     return model
 

@@ -24,7 +24,7 @@ from fastshard.ops.decode import DecodeArguments, DecodeWeights
 
 _SETTINGS = {"use_cache": (None, True), "return_dict": (None, True), "logits_to_keep": (0, 1)}
 """Arguments of ``forward`` and the values that a step goes with; of others None and False."""
-_GIVEN = ("cache", "attention_mask", "position_ids")
+_GIVEN = ("cache", "past_key_values", "attention_mask", "position_ids")
 _NOT_RESIDENT = "decode_step: cannot be resident"
 
 
@@ -50,13 +50,14 @@ class StepForward:
             step = None if args else self._step_for(input_ids, mask, kwargs)
             logits = None if step is None else self._take(step, input_ids, mask, kwargs)
         if logits is not None:
-            return CausalLMOutputWithPast(logits=logits, cache=kwargs["cache"])
+            name = "cache" if "cache" in kwargs else "past_key_values"
+            return CausalLMOutputWithPast(logits=logits, **{name: kwargs[name]})
         self._step = None  # what it holds may change before the next one
         return type(self._model).forward(self._model, input_ids, *args, **kwargs)
 
     def _step_for(self, input_ids: Tensor | None, mask: object, kwargs: dict) -> "_Step | None":
         """The step that this call is, or None."""
-        model, cache = self._model, kwargs.get("cache")
+        model, cache = self._model, _cache(kwargs)
         if not _is_step(model, input_ids, mask, kwargs) or len(input_ids) in self._refusals:
             return None
         held = (cache, len(input_ids), *_pointers(model))
@@ -94,17 +95,11 @@ class _Step:
         num_heads = decoder.config.num_attention_heads
         vocab_size = len(weights.head)
         self._rotary, self._dtype = decoder.rotary_emb, weights.head.dtype
-        self._first_layer, self._lengths = (
-            cache.layers[0],
-            [c.cumulative_length for c in cache.layers],
-        )
-        self._weights = weights
+        self._weights, self._layers = weights, cache.layers
         with torch.inference_mode(False):  # later steps may be outside of it
             workspace = ops.new_decode_workspace(weights, batch, num_heads=num_heads)
             out = weights.head.new_empty((batch, vocab_size), dtype=torch.float32)
         self._state = {
-            "k_cache": [layer.keys for layer in cache.layers],
-            "v_cache": [layer.values for layer in cache.layers],
             "workspace": workspace,
             "out": out,
             "num_heads": num_heads,
@@ -135,8 +130,8 @@ class _Step:
             mask: None or a span, as in ``attention`` beside this module.
             position_ids: ``[b | 1, 1]``; by default the length of the cache.
         """
-        check_room(self._first_layer, 1)
-        b, length = len(input_ids), self._lengths[0]
+        check_room(self._layers[0], 1)
+        b, length = len(input_ids), self._layers[0].cumulative_length
         position_ids = length.view(1, 1) if position_ids is None else position_ids
         table, rows, overflow = self._rotary(input_ids, position_ids)
         inputs = {
@@ -146,6 +141,9 @@ class _Step:
             "slots": length.repeat(b),
             "first_key": None if mask is None else mask[:, 0, 0, 0].expand(b).contiguous(),
             "overflow": overflow,
+            # Beam search puts others in their place.
+            "k_cache": [layer.keys for layer in self._layers],
+            "v_cache": [layer.values for layer in self._layers],
         }
         if self._arguments is None:
             x = inputs.pop("x")
@@ -155,9 +153,14 @@ class _Step:
             )
         else:
             torch.ops.fastshard.decode_step.default(*self._arguments._replace(**inputs))
-        torch._foreach_add_(self._lengths, 1)
+        torch._foreach_add_([layer.cumulative_length for layer in self._layers], 1)
         torch._assert_async(overflow == 0, "a static cache is full, or there is no such token")
         return self._state["out"].to(self._dtype, copy=True)[:, None]
+
+
+def _cache(kwargs: dict) -> object:
+    """The cache, by its name before transformers 5.24 too."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
 
 
 def _only(mask: object) -> object:
@@ -168,7 +171,7 @@ def _only(mask: object) -> object:
 
 def _is_step(model: PreTrainedModel, input_ids: Tensor | None, mask: object, kwargs: dict) -> bool:
     """Whether a call is for one token a row over a plain static cache that holds a prompt."""
-    cache, config = kwargs.get("cache"), model.config
+    cache, config = _cache(kwargs), model.config
     if model.training or config.output_hidden_states or not config.return_dict:
         return False
     if input_ids is None or input_ids.shape[1:] != (1,):
