@@ -19,7 +19,7 @@ LAYERS = [
     {"checkpoint", "dist"},
 ]
 # -> who may import it
-ENTRY_POINTS = {"cli": {"__main__"}, "__main__": set(), "integrations": set()}
+ENTRY_POINTS = {"cli": {"__main__"}, "__main__": set(), "integrations": {"bench"}}
 
 
 def parts_of(package: Path) -> dict[Path, str]:

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastshard.ops._attention_arguments import MAX_HEAD_DIM as MAX_HEAD_DIM
 from fastshard.ops._attention_arguments import (
     cached_keys_and_values,
     check_qkv,

@@ -22,7 +22,7 @@ from fastshard.integrations.transformers.modules import (
     Rotary,
 )
 from fastshard.integrations.transformers.settings import Settings
-from fastshard.ops._attention_arguments import MAX_HEAD_DIM
+from fastshard.ops.attention import MAX_HEAD_DIM
 
 MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 

@@ -231,7 +231,8 @@ def _short_mask(
     first_key, is_padded = torch.zeros(batch_size, dtype=torch.int64, device=device), False
     if attention_mask is not None:
         is_kept = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        first_key, is_left, is_padded = _padding(is_kept[:, kv_offset : kv_offset + end].bool(), end)
+        is_kept = is_kept[:, kv_offset : kv_offset + end].bool()
+        first_key, is_left, is_padded = _padding(is_kept, end)
         if not is_left:
             return False, None
     if q_offset == 0 and not is_padded:
