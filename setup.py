@@ -13,11 +13,10 @@ Environment:
     MAX_JOBS              parallel compiler processes
 """
 
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -25,39 +24,31 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-DEFAULT_ARCHS = "8.6+PTX"
 TORCH_TARGET = (2, 11)  # the oldest torch that the binary serves
 CUDA_MAJOR = "13"  # of the wheel whose version has no local part: torch's own since 2.11
 
 
-def find_cuda_home() -> Path | None:
-    """The first usual place with both nvcc and the headers; CUDA_HOME overrides the search."""
-    if os.environ.get("CUDA_HOME"):
-        return Path(os.environ["CUDA_HOME"])
-    nvcc = shutil.which("nvcc")
-    candidates = [
-        os.environ.get("CUDA_PATH"),
-        "/usr/local/cuda",
-        nvcc and Path(nvcc).resolve().parent.parent,
-        Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13",
-    ]
-    for candidate in filter(None, candidates):
-        home = Path(candidate)
-        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
-            return home
-    return None
+def load_nvcc():
+    """The package's module, by its path: the package around it imports torch."""
+    path = ROOT / "fastshard" / "tune" / "nvcc.py"
+    spec = importlib.util.spec_from_file_location("nvcc", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nvcc = load_nvcc()
 
 
 def wants_cuda(cuda_home: Path | None) -> bool:
     choice = os.environ.get("FASTSHARD_BUILD_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"FASTSHARD_BUILD_CUDA must be auto, 0 or 1, got {choice!r}")
-    found = cuda_home is not None and (cuda_home / "bin" / "nvcc").exists()
+    found = nvcc.has_nvcc(cuda_home)
     if choice == "1" and not found:
         raise SystemExit(
             "FASTSHARD_BUILD_CUDA=1 needs a CUDA toolkit with nvcc, found none "
-            f"(CUDA_HOME={cuda_home}); set CUDA_HOME, or "
-            "pip install 'cuda-toolkit[nvcc,cudart,cccl,crt]'"
+            f"(CUDA_HOME={cuda_home}); {nvcc.HOW_TO_GET_IT}"
         )
     return found and choice != "0"
 
@@ -65,12 +56,7 @@ def wants_cuda(cuda_home: Path | None) -> bool:
 def cuda_archs() -> str:
     """Semicolon-separated, e.g. "8.6+PTX"; torch accepts spaces too."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    return re.sub(r"[;\s]+", ";", asked) or DEFAULT_ARCHS
-
-
-def cuda_version(cuda_home: Path) -> str:
-    text = subprocess.check_output([cuda_home / "bin" / "nvcc", "--version"], text=True)
-    return re.search(r"release (\d+\.\d+)", text)[1]
+    return re.sub(r"[;\s]+", ";", asked) or nvcc.DEFAULT_ARCHS
 
 
 def local_version(cuda_version: str) -> str:
@@ -102,17 +88,6 @@ def torch_cuda_stub() -> str:
     return folder
 
 
-def nvcc_flags(version: str, defines: list[str], xcompiler: list[str]) -> list[str]:
-    flags = ["-O3", "-std=c++20", "-Xptxas=-warn-spills", f"-Xcompiler={','.join(xcompiler)}"]
-    if tuple(map(int, version.split("."))) >= (12, 8):
-        flags.append("--compress-mode=size")
-    if os.environ.get("FASTSHARD_LINEINFO") == "1":
-        flags.append("-lineinfo")
-    # torch's flags forbid the operators of the 16-bit types, which kernels use
-    allowed = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
-    return [*flags, *defines, *(f"-U__CUDA_NO_{name}__" for name in allowed)]
-
-
 def extension_arguments(cuda_home: Path, version: str) -> dict:
     """Arguments of setup() for the compiled library."""
     # torch would guess it from an nvcc on PATH, which may be a wrapper script
@@ -137,8 +112,25 @@ def extension_arguments(cuda_home: Path, version: str) -> dict:
     prefix_map = f"-ffile-prefix-map={ROOT}=."
     cxx = ["-O3", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden", prefix_map, *defines]
     # torch adds no -gencode where any flag has "arch" in it, as the path of a checkout may
-    nvcc = cpp_extension._get_cuda_arch_flags()
-    nvcc += nvcc_flags(version, defines, ["-fvisibility=hidden", "-g0", prefix_map])
+    nvcc_flags = [
+        *nvcc.flags(version),
+        *nvcc.arch_flags(cuda_archs()),
+        "-Xptxas=-warn-spills",
+        f"-Xcompiler=-fvisibility=hidden,-g0,{prefix_map}",
+        *defines,
+        # torch's flags forbid the operators of the 16-bit types, which kernels use
+        *(
+            f"-U__CUDA_NO_{name}__"
+            for name in (
+                "HALF_OPERATORS",
+                "HALF_CONVERSIONS",
+                "HALF2_OPERATORS",
+                "BFLOAT16_CONVERSIONS",
+            )
+        ),
+    ]
+    if os.environ.get("FASTSHARD_LINEINFO") == "1":
+        nvcc_flags.append("-lineinfo")
 
     # Relative, as setuptools demands.
     sources = [
@@ -150,7 +142,7 @@ def extension_arguments(cuda_home: Path, version: str) -> dict:
         "fastshard._C",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc_flags},
         py_limited_api=True,
     )
     # Only what the stable ABI needs: CUDAExtension adds c10, torch_python, a shared CUDA runtime.
@@ -176,10 +168,10 @@ def extension_arguments(cuda_home: Path, version: str) -> dict:
 
 
 def main() -> None:
-    cuda_home = find_cuda_home()
+    cuda_home = nvcc.find_cuda_home()
     arguments = {"cmdclass": {"build_py": BuildPy}}
     if wants_cuda(cuda_home):
-        version = cuda_version(cuda_home)
+        version = nvcc.cuda_version(cuda_home)
         try:
             arguments = extension_arguments(cuda_home, version)
         except ModuleNotFoundError as error:

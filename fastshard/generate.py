@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class TextGenerator:
             ValueError: a setting out of its range, no tokenizer, or a prompt that is empty or does
                 not fit the context.
         """
+        self._check_streams()
         if self.tokenizer is None:
             raise ValueError("stream needs a tokenizer, and the checkpoint has no tokenizer.json")
         if chat:
@@ -87,6 +89,9 @@ class TextGenerator:
         stops = [stop] if isinstance(stop, str) else list(stop)
         mode = check_mode(decode)
         return TextStream(self, tokens, max_new_tokens, sampling, stops, mode, prefill_chunk_size)
+
+    def _check_streams(self) -> None:
+        """Raise where this is no whole model."""
 
 
 class ShardChain(TextGenerator):
@@ -108,10 +113,12 @@ class ShardChain(TextGenerator):
                 f"shards must hold each of {num_layers} layers once, in order, got layers "
                 + ",".join(f"{start}-{end}" for start, end in spans)
             )
-        self.models = list(models)
-        self.config = models[0].config
-        self.tokenizer = getattr(models[0], "tokenizer", None)
-        self.generation_defaults = getattr(models[0], "generation_defaults", GenerationDefaults())
+        self.models: list[ShardedGeneralModel] = list(models)
+        self.config: ModelConfig = models[0].config
+        self.tokenizer: TextTokenizer | None = getattr(models[0], "tokenizer", None)
+        self.generation_defaults: GenerationDefaults = getattr(
+            models[0], "generation_defaults", GenerationDefaults()
+        )
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +136,7 @@ class ShardChain(TextGenerator):
             or (self.config.tie_word_embeddings and model.shard.is_last_layer())
         )
 
-    def generate(self, tokens: Tensor, **arguments) -> tuple[None, Tensor]:
+    def generate(self, tokens: Tensor, **arguments: Any) -> tuple[None, Tensor]:
         """``ShardedGeneralModel.generate`` of all shards in turn: logits."""
         hidden, logits = self.models[0].generate(tokens, **arguments)
         for model in self.models[1:]:
@@ -161,8 +168,10 @@ class TextStream:
         mode: str = "auto",
         prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
     ):
-        self.num_prompt_tokens, self.num_tokens = len(prompt), 0
-        self.prefill_seconds = self.decode_seconds = 0.0
+        self.num_prompt_tokens: int = len(prompt)
+        self.num_tokens: int = 0
+        self.prefill_seconds: float = 0.0
+        self.decode_seconds: float = 0.0
         room = check_room(model, [prompt], max_new_tokens)
         check_chunk_size(prefill_chunk_size)
         steps = token_steps(model, [prompt], room, sampling, mode, prefill_chunk_size)

@@ -20,7 +20,7 @@ from fastshard.devices import (
     default_device,
     default_dtype,
 )
-from fastshard.generate import ShardChain, TextGenerator, TextStream
+from fastshard.generate import ShardChain, TextGenerator
 from fastshard.models import Shard, ShardedGeneralModel
 
 Report = Callable[[int, int], None]
@@ -33,14 +33,12 @@ class TextModel(ShardedGeneralModel, TextGenerator):
     tokenizer: TextTokenizer | None = None
     generation_defaults: GenerationDefaults = GenerationDefaults()
 
-    def stream(self, prompt, **settings) -> TextStream:
-        """``TextGenerator.stream``; needs all layers in this one shard."""
+    def _check_streams(self) -> None:
         if self.shard.get_layer_count() != self.config.num_layers:
             raise ValueError(
                 f"stream needs all {self.config.num_layers} layers, this shard holds layers "
                 f"{self.shard.start_layer}-{self.shard.end_layer}: put all shards into a ShardChain"
             )
-        return super().stream(prompt, **settings)
 
 
 def load(

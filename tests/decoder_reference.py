@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastshard import ModelConfig
+from fastshard.nn import RopeScaling
 
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + (-x).exp()),
@@ -37,6 +38,8 @@ def rotate(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
     """x [b, s, n, d] by positions [b | 1, s]."""
     half = config.head_dim // 2
     theta = config.rope_base ** (-torch.arange(half, dtype=x.dtype) / half)
+    if config.rope_scaling is not None:
+        theta = scaled(theta, config.rope_scaling)
     angle = (positions[..., None] * theta)[:, :, None]  # [b | 1, s, 1, half]
     cos, sin = angle.cos(), angle.sin()
     if config.rope_interleaved:
@@ -44,6 +47,15 @@ def rotate(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
         return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def scaled(theta: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's: long wavelengths by the factor, short ones kept, those between blended."""
+    turns = scaling.original_max_position_embeddings * theta / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (turns - low) / (high - low)
+    blended = (1 - blend) * theta / scaling.factor + blend * theta
+    return theta.where(turns > high, blended.where(turns >= low, theta / scaling.factor))
 
 
 def layer(

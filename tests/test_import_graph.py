@@ -18,7 +18,8 @@ LAYERS = [
     {"models"},
     {"checkpoint", "dist"},
 ]
-ENTRY_POINTS = {"cli": {"__main__"}, "__main__": set()}  # -> who may import it
+# -> who may import it
+ENTRY_POINTS = {"cli": {"__main__"}, "__main__": set(), "integrations": {"bench"}}
 
 
 def parts_of(package: Path) -> dict[Path, str]:
@@ -83,6 +84,8 @@ def test_imports_go_down():
         ("dist/pipeline.py", "if TYPE_CHECKING:\n    from fastshard.generate import x", "generate"),
         ("environment.py", "from fastshard import ops", "ops"),
         ("generate.py", "from fastshard import cli", "cli"),
+        ("generate.py", "from fastshard.integrations import torchtune", "integrations"),
+        ("nn/mlp.py", "import fastshard.integrations.transformers.modules", "integrations"),
     ],
 )
 def test_finds_a_planted_import(tmp_path, file, statement, imported):
@@ -93,6 +96,7 @@ def test_finds_a_planted_import(tmp_path, file, statement, imported):
         "cli.py": "from fastshard import Shard\nfrom fastshard.generate import x",
         "environment.py": "import os",
         "generate.py": "from fastshard import dist, models\nfrom fastshard.checkpoint import index",
+        "integrations/torchtune.py": "from fastshard import nn\nfrom . import x",
         "dist/pipeline.py": "from fastshard.models import decoder",
         "checkpoint/index.py": "from fastshard.models import decoder\nfrom . import names",
         "checkpoint/names.py": "",

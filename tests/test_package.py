@@ -42,6 +42,21 @@ def test_kernels_are_registered_where_torch_has_cuda():
     assert has_cuda == ops.HAS_KERNELS == expected
 
 
+def test_import_takes_in_torch_and_nothing_heavy(tmp_path):
+    """``import fastshard`` costs little above ``import torch``: the rest is imported where used."""
+    heavy = {"tokenizers", "huggingface_hub", "jinja2", "rich", "safetensors", "transformers"}
+    heavy |= {"torchtune", "torchao", "matplotlib", "optuna", "pyarrow", "sympy", "asyncio", "http"}
+    heavy |= {"torch._dynamo", "torch._inductor", "torch.onnx", "torch.export"}
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastshard; "
+        f"print(sorted({heavy!r} & (set(sys.modules) - before)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert run.stdout == "[]\n"
+
+
 def test_import_starts_no_cuda_context():
     code = "import fastshard, torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)

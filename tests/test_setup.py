@@ -76,7 +76,9 @@ def checkout(tmp_path):
     """Of a setup.py and no sources, in a folder whose name torch would take for a flag."""
     folder = tmp_path / "archive"
     folder.mkdir()
-    shutil.copy(ROOT / "setup.py", folder)
+    for name in ("setup.py", "fastshard/tune/nvcc.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
@@ -100,10 +102,9 @@ def run_extension(checkout, cuda_version, archs) -> dict:
 def test_every_architecture_is_compiled_for(checkout):
     asked = run_extension(checkout, "13.0", "8.0;8.6;9.0+PTX")
     assert [flag for flag in asked["nvcc"] if "gencode" in flag] == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_86,code=sm_86",
-        "-gencode=arch=compute_90,code=compute_90",
-        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_80,code=[sm_80]",
+        "-gencode=arch=compute_86,code=[sm_86]",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
     ]
     assert asked["torch_adds"] == []
     assert "-DFASTSHARD_CUDA_ARCHS=8.0 8.6 9.0+PTX" in asked["nvcc"]

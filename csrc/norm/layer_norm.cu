@@ -1,4 +1,4 @@
-// Launcher of the LayerNorm kernel.
+// The LayerNorm kernel, with every variant of the menu.
 #include "norm/layer_norm.cuh"
 
 namespace fastshard {
@@ -9,11 +9,7 @@ void layer_norm(const LayerNormParams& p, RowVariant variant, cudaStream_t strea
   constexpr int64_t kManyRows = 1024;
   const int64_t row_bytes = int64_t(p.rows.hidden_size) * int64_t(sizeof(T));
   if (variant.is_auto() && p.rows.num_tokens >= kManyRows && row_bytes > 4096 && row_bytes <= 8192) variant = {128, 4};
-  with_row_config<T>("layer_norm", p.rows, variant, [&](auto config) {
-    using Config = decltype(config);
-    const auto kernel = p.rows.residual ? layer_norm_kernel<T, Config, true> : layer_norm_kernel<T, Config, false>;
-    launch_kernel<RowSharedStorage<Config>>(kernel, row_grid<Config>(p.rows), Config::kThreads, stream, p);
-  });
+  launch_layer_norm<T, WholeRowMenu>(p, variant, stream);
 }
 
 template void layer_norm<float>(const LayerNormParams&, RowVariant, cudaStream_t);

@@ -44,4 +44,13 @@ __global__ __launch_bounds__(Config::kThreads) void layer_norm_kernel(const Laye
   });
 }
 
+template <typename T, typename Menu>
+void launch_layer_norm(const LayerNormParams& p, RowVariant variant, cudaStream_t stream) {
+  with_row_config<T, Menu>("layer_norm", p.rows, variant, [&](auto config) {
+    using Config = decltype(config);
+    const auto kernel = p.rows.residual ? layer_norm_kernel<T, Config, true> : layer_norm_kernel<T, Config, false>;
+    launch_kernel<RowSharedStorage<Config>>(kernel, row_grid<Config>(p.rows), Config::kThreads, stream, p);
+  });
+}
+
 }  // namespace fastshard

@@ -1,15 +1,11 @@
-// Launcher of the RMSNorm kernel.
+// The RMSNorm kernel, with every variant of the menu.
 #include "norm/rms_norm.cuh"
 
 namespace fastshard {
 
 template <typename T>
 void rms_norm(const RmsNormParams& p, RowVariant variant, cudaStream_t stream) {
-  with_row_config<T>("rms_norm", p.rows, variant, [&](auto config) {
-    using Config = decltype(config);
-    const auto kernel = p.rows.residual ? rms_norm_kernel<T, Config, true> : rms_norm_kernel<T, Config, false>;
-    launch_kernel<RowSharedStorage<Config>>(kernel, row_grid<Config>(p.rows), Config::kThreads, stream, p);
-  });
+  launch_rms_norm<T, WholeRowMenu>(p, variant, stream);
 }
 
 template void rms_norm<float>(const RmsNormParams&, RowVariant, cudaStream_t);

@@ -30,4 +30,13 @@ __global__ __launch_bounds__(Config::kThreads) void rms_norm_kernel(const RmsNor
   });
 }
 
+template <typename T, typename Menu>
+void launch_rms_norm(const RmsNormParams& p, RowVariant variant, cudaStream_t stream) {
+  with_row_config<T, Menu>("rms_norm", p.rows, variant, [&](auto config) {
+    using Config = decltype(config);
+    const auto kernel = p.rows.residual ? rms_norm_kernel<T, Config, true> : rms_norm_kernel<T, Config, false>;
+    launch_kernel<RowSharedStorage<Config>>(kernel, row_grid<Config>(p.rows), Config::kThreads, stream, p);
+  });
+}
+
 }  // namespace fastshard

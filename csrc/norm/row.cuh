@@ -1,8 +1,10 @@
 // Rows in registers: what the norm kernels share on the device. A group of threads holds one row, 16 bytes at a time.
 #pragma once
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
@@ -164,44 +166,43 @@ __device__ __forceinline__ float inverse_sqrt(float x) {
   return y * fmaf(-0.5f * x * y, y, 1.5f);
 }
 
+// Which variants a launcher chooses among.
+template <RowVariant... kVariants>
+struct RowMenu {};
+
 namespace row_detail {
 
-template <typename... Configs>
-struct ConfigList {};
+// Rows that a part of a warp holds share blocks of 128 threads.
+template <RowVariant kVariant>
+using ConfigOf = RowConfig<kVariant.threads_per_row,
+                           kVariant.threads_per_row <= 32 ? 128 / kVariant.threads_per_row : 1,
+                           kVariant.vecs_per_thread>;
 
-// The first that holds a row is taken where no variant is asked for.
-using RowConfigs = ConfigList<RowConfig<16, 8, 1>,     // rows up to 256 bytes: a head of 128 in 16 bit
-                              RowConfig<32, 4, 1>,     // 512 bytes
-                              RowConfig<64, 1, 2>,     // 2 KiB
-                              RowConfig<128, 1, 2>,    // 4 KiB: hidden_size 2048 in 16 bit
-                              RowConfig<256, 1, 2>,    // 8 KiB: hidden_size 4096 in 16 bit
-                              RowConfig<128, 1, 4>,    // the same in fewer threads
-                              RowConfig<512, 1, 1>,    // the same in more
-                              RowConfig<256, 1, 4>,    // 16 KiB: hidden_size 8192 in 16 bit
-                              RowConfig<512, 1, 4>,    // 32 KiB
-                              RowConfig<1024, 1, 2>,   // the same in more
-                              RowConfig<1024, 1, 4>>;  // 64 KiB: hidden_size 16384 in fp32
-static_assert(RowConfig<1024, 1, 4>::kMaxRowBytes == kMaxRowBytes);
+template <size_t... kIndices>
+RowMenu<kRowMenu[kIndices]...> whole_menu(std::index_sequence<kIndices...>);
 
-template <typename Launch, typename... Configs>
-bool launch_first_of(ConfigList<Configs...>, int64_t row_bytes, RowVariant variant, Launch launch) {
+template <typename Launch, RowVariant... kVariants>
+bool launch_first_of(RowMenu<kVariants...>, int64_t row_bytes, RowVariant asked, Launch launch) {
   const auto serves = [&]<typename Config>(std::type_identity<Config>) {
-    const bool is_asked = variant.is_auto() || (variant.threads_per_row == Config::kThreadsPerRow &&
-                                                variant.vecs_per_thread == Config::kVecsPerThread);
+    const bool is_asked = asked.is_auto() || (asked.threads_per_row == Config::kThreadsPerRow &&
+                                              asked.vecs_per_thread == Config::kVecsPerThread);
     return is_asked && row_bytes <= Config::kMaxRowBytes;
   };
-  return ((serves(std::type_identity<Configs>{}) && (launch(Configs{}), true)) || ...);
+  return ((serves(std::type_identity<ConfigOf<kVariants>>{}) && (launch(ConfigOf<kVariants>{}), true)) || ...);
 }
 
 }  // namespace row_detail
 
-// Calls launch(config) with the configuration asked for, or the smallest that holds a row of T in registers; nothing
-// for no rows.
-template <typename T, typename Launch>
+using WholeRowMenu = decltype(row_detail::whole_menu(std::make_index_sequence<std::size(kRowMenu)>{}));
+static_assert(row_detail::ConfigOf<RowVariant{1024, 4}>::kMaxRowBytes == kMaxRowBytes);
+
+// Calls launch(config) with the configuration of Menu asked for, or the first that holds a row of T in registers;
+// nothing for no rows.
+template <typename T, typename Menu, typename Launch>
 void with_row_config(const char* kernel, const NormRows& rows, RowVariant variant, Launch launch) {
   if (rows.num_tokens == 0) return;  // an empty grid is a launch error
   const int64_t row_bytes = int64_t(rows.hidden_size) * int64_t(sizeof(T));
-  if (row_detail::launch_first_of(row_detail::RowConfigs{}, row_bytes, variant, launch)) return;
+  if (row_detail::launch_first_of(Menu{}, row_bytes, variant, launch)) return;
   const std::string threads = std::to_string(variant.threads_per_row), vecs = std::to_string(variant.vecs_per_thread);
   const std::string rule = variant.is_auto() ? "rows must be at most " + std::to_string(kMaxRowBytes) + " bytes, got"
                                              : "no variant " + threads + "x" + vecs + " holds rows";

@@ -1,4 +1,4 @@
-// What the norm kernels share on the host: their rows, and the limit of a row.
+// What the norm kernels share on the host: their rows, the limit of a row, the menu of variants.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -27,7 +27,23 @@ struct NormRows {
 // How many threads hold a row, and how many 16-byte vectors of it each; zeros: chosen by the row's length.
 struct RowVariant {
   int threads_per_row = 0, vecs_per_thread = 0;
-  bool is_auto() const { return threads_per_row == 0; }
+  constexpr bool is_auto() const { return threads_per_row == 0; }
+};
+
+// The variants that are compiled. The first that holds a row is taken where none is asked for: those behind the one
+// that holds every row, only where they are asked for. `fastshard tune --patch` adds lines to the end.
+constexpr RowVariant kRowMenu[] = {
+    {16, 1},    // rows up to 256 bytes: a head of 128 in 16 bit
+    {32, 1},    // 512 bytes
+    {64, 2},    // 2 KiB
+    {128, 2},   // 4 KiB: hidden_size 2048 in 16 bit
+    {256, 2},   // 8 KiB: hidden_size 4096 in 16 bit
+    {128, 4},   // the same in fewer threads
+    {512, 1},   // the same in more
+    {256, 4},   // 16 KiB: hidden_size 8192 in 16 bit
+    {512, 4},   // 32 KiB
+    {1024, 2},  // the same in more
+    {1024, 4},  // 64 KiB: hidden_size 16384 in fp32
 };
 
 }  // namespace fastshard

@@ -8,6 +8,7 @@
 #include "mlp/tiled_mlp.h"
 #include "ops/activation.h"
 #include "ops/check.h"
+#include "ops/instances.h"
 #include "ops/matmul.h"
 #include "ops/stable_box.h"
 #include "ops/variants.h"
@@ -75,8 +76,15 @@ Tensor tiled_rows(const Tensor& x, int64_t columns) {
   return is_matrix ? rows : torch::stable::reshape(torch::stable::contiguous(rows), {-1, columns});
 }
 
+// How to multiply many rows: by torch, or by tiles of a size.
+struct Variant {
+  bool library = false;
+  GemmTileSize tile = GemmTileSize::kAuto;
+  Instance instance = {};  // where a tile is asked for that is not in the menu
+};
+
 Tensor tiled_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& down_weight, Activation activation,
-                  const std::optional<Tensor>& residual, GemmTileSize tile) {
+                  const std::optional<Tensor>& residual, const Variant& variant) {
   const int64_t hidden_size = x.size(x.dim() - 1), intermediate_size = down_weight.size(1);
   const Tensor rows = tiled_rows(x, hidden_size);
   std::optional<Tensor> residual_rows;
@@ -100,8 +108,10 @@ Tensor tiled_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& d
                                 int(hidden_size),
                                 int(intermediate_size),
                                 activation,
-                                tile};
-    if (x.scalar_type() == ScalarType::Half) {
+                                variant.tile};
+    if (variant.instance) {
+      variant.instance.run(params, stream);
+    } else if (x.scalar_type() == ScalarType::Half) {
       tiled_mlp<__half>(params, stream);
     } else {
       tiled_mlp<__nv_bfloat16>(params, stream);
@@ -111,31 +121,33 @@ Tensor tiled_path(const Tensor& x, const Tensor& gate_up_weight, const Tensor& d
   return torch::stable::reshape(out, shape_of(x));
 }
 
-// How to multiply many rows: by torch, or by tiles of a size.
-struct Variant {
-  bool library = false;
-  GemmTileSize tile = GemmTileSize::kAuto;
-};
-
 bool is_auto(const std::string& variant) { return variant == "auto" || variant == "auto_fp16_accumulation"; }
 
 bool adds_in_fp16(const std::string& variant) { return variant.find("fp16_accumulation") != std::string::npos; }
 
+std::string names_of_tiles() {
+  std::string names;
+  for (const GemmMenuEntry& entry : kGemmMenu) names += std::string("tiles_") + entry.name + ", ";
+  return names;
+}
+
 // "auto" is a heuristic: torch's products use instructions of compute capability 9.0 that pass what those of 8.x reach;
 // on 8.x both use the same, and ours need no gate and up in memory.
-Variant variant_of(const std::string& name, int64_t num_tokens) {
+Variant variant_of(const std::string& name, ScalarType dtype, int64_t num_tokens) {
   if (name == "library") return {true};
   if (name == "tiles") return {};
-  if (name == "tiles_128x256") return {false, GemmTileSize::k128x256};
-  if (name == "tiles_128x128") return {false, GemmTileSize::k128x128};
-  if (name == "tiles_64x128") return {false, GemmTileSize::k64x128};
-  if (name == "tiles_fp16_accumulation") return {false, GemmTileSize::kFp16Sums128x256};
+  if (name == "tiles_fp16_accumulation") return {false, GemmTileSize::kFp16Sums};
+  if (const Instance instance = find_instance("fused_mlp", dtype, name)) return {.instance = instance};
+  if (name.starts_with("tiles_")) {
+    const GemmTileSize tile = gemm_tile_named(std::string_view(name).substr(std::string_view("tiles_").size()));
+    if (tile != GemmTileSize::kAuto) return {false, tile};
+  }
   STD_TORCH_CHECK(is_auto(name), "fused_mlp: variant must be auto, auto_fp16_accumulation, library, tiles, ",
-                  "tiles_128x256, tiles_128x128, tiles_64x128 or tiles_fp16_accumulation, got ", name);
+                  names_of_tiles(), "or tiles_fp16_accumulation, got ", name);
   if (compute_capability() >= 90) return {true};
   // fewer rows are half a tile, and wait for the weights, not for the tensor cores
   const bool fp16_sums = name == "auto_fp16_accumulation" && num_tokens > 64;
-  return {false, fp16_sums ? GemmTileSize::kFp16Sums128x256 : GemmTileSize::kAuto};
+  return {false, fp16_sums ? GemmTileSize::kFp16Sums : GemmTileSize::kAuto};
 }
 
 }  // namespace
@@ -171,11 +183,11 @@ Tensor fused_mlp_cuda(const Tensor& x, const Tensor& gate_up_weight, const Tenso
   const bool streams = is_auto(variant) && num_tokens <= kFusedMlpMaxTokens && can_stream(gate_up_weight) &&
                        can_stream(down_weight);
   if (!streams) {
-    const Variant many = variant_of(variant, num_tokens);
+    const Variant many = variant_of(variant, x.scalar_type(), num_tokens);
     if (many.library || !can_tile(gate_up_weight) || !can_tile(down_weight)) {
       return library_path(x, gate_up_weight, down_weight, parsed, residual);
     }
-    return tiled_path(x, gate_up_weight, down_weight, parsed, residual, many.tile);
+    return tiled_path(x, gate_up_weight, down_weight, parsed, residual, many);
   }
   Tensor out = torch::stable::new_empty(x, shape);
   const RowMatrix rows = row_matrix(x, hidden_size, /*aligned=*/true);

@@ -11,6 +11,7 @@
 #include "norm/rms_norm.h"
 #include "ops/check.h"
 #include "ops/dispatch.h"
+#include "ops/instances.h"
 #include "ops/rows.h"
 #include "ops/stable_box.h"
 #include "ops/variants.h"
@@ -59,10 +60,6 @@ struct NormCall {
     rows.new_residual = new_residual.mutable_data_ptr();
   }
 
-  RowVariant variant(const char* op, const std::string& asked) const {
-    return row_variant_of(variant_for(asked, op, out.scalar_type(), {rows.num_tokens}, {rows.hidden_size}));
-  }
-
   // Data of a [hidden_size] vector like out, in a copy where it is not aligned; null for none.
   const void* vector(const std::optional<Tensor>& v) {
     if (!v.has_value()) return nullptr;
@@ -74,22 +71,31 @@ struct NormCall {
   }
 };
 
+// Calls launch(std::type_identity<T>{}, variant, stream), unless an instance outside the menu is asked for.
+template <typename Params, typename Launch>
+void run_norm(const char* op, const Tensor& x, const Params& params, const std::string& asked, Launch launch) {
+  const ScalarType dtype = x.scalar_type();
+  const cudaStream_t stream = current_stream(x);
+  const std::string variant = variant_for(asked, op, dtype, {params.rows.num_tokens}, {params.rows.hidden_size});
+  if (const Instance instance = find_instance(op, dtype, variant)) return instance.run(params, stream);
+  const RowVariant chosen = row_variant_of(variant);
+  dispatch_floating("x", dtype, [&](auto type) { launch(type, chosen, stream); });
+}
+
 void run_rms_norm(const char* op, NormCall& call, const Tensor& weight, double eps, bool weight_in_fp32,
                   const std::string& variant) {
   const RmsNormParams params{call.rows, call.vector(weight), float(eps), weight_in_fp32};
-  const RowVariant chosen = call.variant(op, variant);
-  const cudaStream_t stream = current_stream(call.out);
-  dispatch_floating("x", call.out.scalar_type(),
-                    [&]<typename T>(std::type_identity<T>) { rms_norm<T>(params, chosen, stream); });
+  run_norm(op, call.out, params, variant, [&]<typename T>(std::type_identity<T>, auto... how) {
+    rms_norm<T>(params, how...);
+  });
 }
 
 void run_layer_norm(const char* op, NormCall& call, const std::optional<Tensor>& weight,
                     const std::optional<Tensor>& bias, double eps, const std::string& variant) {
   const LayerNormParams params{call.rows, call.vector(weight), call.vector(bias), float(eps)};
-  const RowVariant chosen = call.variant(op, variant);
-  const cudaStream_t stream = current_stream(call.out);
-  dispatch_floating("x", call.out.scalar_type(),
-                    [&]<typename T>(std::type_identity<T>) { layer_norm<T>(params, chosen, stream); });
+  run_norm(op, call.out, params, variant, [&]<typename T>(std::type_identity<T>, auto... how) {
+    layer_norm<T>(params, how...);
+  });
 }
 
 Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, bool weight_in_fp32,

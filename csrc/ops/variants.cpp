@@ -45,6 +45,8 @@ std::shared_ptr<const Choices> choices_of_current_device() {
   return choices;
 }
 
+}  // namespace
+
 const char* name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:    return "float32";
@@ -53,8 +55,6 @@ const char* name_of(ScalarType dtype) {
     default:                   return "";
   }
 }
-
-}  // namespace
 
 void use_variants(const std::string& table) {
   std::vector<Entry> read;

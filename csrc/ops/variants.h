@@ -17,4 +17,7 @@ void use_variants(const std::string& table);
 std::string variant_for(const std::string& asked, const char* op, ScalarType dtype,
                         std::initializer_list<int64_t> counts, std::initializer_list<int64_t> sizes);
 
+// As in tables; empty for a dtype that no variant is for.
+const char* name_of(ScalarType dtype);
+
 }  // namespace fastshard

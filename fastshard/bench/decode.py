@@ -123,8 +123,9 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
                 raise Unavailable("compiled for this model and batch only with --compile-all")
             if kind == "eager":
                 steps[kind] = lambda tokens: plain(tokens, position)
-            elif kind == "torchtune":
-                steps[kind] = TorchtuneDecoder(model.model, batch, context).step
+            elif kind.endswith("torchtune"):
+                how = {"is_accelerated": kind != "torchtune", "is_captured": "captured" in kind}
+                steps[kind] = TorchtuneDecoder(model.model, batch, context, **how).step
             else:
                 steps[kind] = _compiled(bench, plain, tokens, position, **COMPILERS[kind])
         return _call(steps[kind], tokens, sampled)
@@ -138,6 +139,10 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
         return _call(own_step(model, mode, batch, context), tokens, False)
 
     peers = ("eager", *COMPILERS, "torchtune")
+    own = {f"fastshard {mode}": partial(ours, mode) for mode in settings.modes}
+    if "torchtune" in settings.peers:
+        own["fastshard torchtune"] = partial(peer, "accelerated torchtune")
+        own["fastshard torchtune graph"] = partial(peer, "captured torchtune")
     for sampled in (False, True):
         yield Case(
             name="decode",
@@ -148,8 +153,8 @@ def _cases(bench: Bench, shape: str, name: str, batch: int, context: int) -> Ite
             golden=lambda sampled=sampled: golden.amax(-1) if sampled else golden,
             variants=[
                 *(
-                    Variant(f"fastshard {mode}", partial(ours, mode, sampled), is_peer=False)
-                    for mode in settings.modes
+                    Variant(name, partial(prepare, sampled), is_peer=False)
+                    for name, prepare in own.items()
                 ),
                 *bench.peers({kind: partial(peer, kind, sampled) for kind in peers}),
             ],

@@ -1,10 +1,12 @@
-"""The peer ``torchtune``: its own modules on our weights, in eager PyTorch as its recipes run them.
+"""The peer ``torchtune``: its own modules on our weights, in eager PyTorch as its recipes run them;
+and the same modules accelerated.
 
 Needs the ``torchtune`` extra; where it is missing, variants are skipped with that reason.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -52,16 +54,34 @@ class TorchtuneDecoder:
         model: Of all layers, with caches. Weights are shared; of MLPs, which it packs, copied.
         batch_size: b.
         slots: Of the caches, which hold what the model's first ones hold.
+        is_accelerated: By ``fastshard.integrations.torchtune``: weights are copied once more.
+        is_captured: Then steps go through its ``CapturedStep``.
 
     Raises:
         Unavailable: torchtune is not installed, or has no such model.
     """
 
-    def __init__(self, model: ShardTransformerDecoder, batch_size: int, slots: int):
+    def __init__(
+        self,
+        model: ShardTransformerDecoder,
+        batch_size: int,
+        slots: int,
+        *,
+        is_accelerated: bool = False,
+        is_captured: bool = False,
+    ):
         self._decoder = _decoder(model.config, model.device)
         state = {name: weight.contiguous() for name, weight in model.state_dict().items()}
         self._decoder.load_state_dict(state, assign=True)
         self._decoder.requires_grad_(False).eval()
+        self._is_accelerated = is_accelerated
+        self._run: Callable[..., Tensor] = self._decoder
+        if is_accelerated:
+            from fastshard.integrations.torchtune import CapturedStep, accelerate
+
+            accelerate(self._decoder)
+            if is_captured:
+                self._run = partial(CapturedStep().logits, self._decoder)
         with model.device:
             self._decoder.setup_caches(batch_size, model.dtype, decoder_max_seq_len=slots)
         # Rows of one tensor: all layers go back by one copy, not by one each
@@ -82,20 +102,26 @@ class TorchtuneDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Logits of the last slot's tokens: ``[b]`` int64 to ``[b, vocab_size]`` float32."""
         last = len(self._all) - 1
-        self._positions.copy_(self._all + last)
-        logits = self._decoder(
-            tokens[:, None], mask=self._mask[:, last:], input_pos=self._all[None, last:]
-        )
+        self._start_at(last)
+        mask, positions = self._mask[:, last:], self._all[None, last:]
+        logits = self._run(tokens=tokens[:, None], mask=mask, input_pos=positions)
         return logits[:, 0]
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
         """Logits of the last position of ``[b, slots]`` int64: ``[b, vocab_size]`` float32."""
-        self._positions.copy_(self._all)
+        self._start_at(0)
         x = self._decoder.tok_embeddings(tokens)  # [b, slots, hidden_size]
         for layer in self._decoder.layers:
             x = layer(x, mask=self._mask, input_pos=self._all[None])
         return self._decoder.unembed(x[:, -1:])[:, 0]
+
+    def _start_at(self, slot: int) -> None:
+        """Let the caches hold ``slot`` tokens."""
+        self._positions.copy_(self._all + slot)
+        if self._is_accelerated:
+            for layer in self._decoder.layers:
+                layer.attn.kv_cache.assume(slot)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fastshard.checkpoint.errors import CheckpointError
 from fastshard.checkpoint.index import WeightIndex
@@ -44,9 +45,9 @@ class Checkpoint:
         path = self.source.find("config.json")
         if path is None:
             raise CheckpointError(f"{self.name}: config.json is missing")
-        self.raw_config = read_json(path)
+        self.raw_config: dict[str, Any] = read_json(path)
         try:
-            self.config = ModelConfig.from_dict(self.raw_config, self.name)
+            self.config: ModelConfig = ModelConfig.from_dict(self.raw_config, self.name)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from fastshard.checkpoint.errors import CheckpointError
 from fastshard.checkpoint.json_files import read_json
 from fastshard.checkpoint.source import Source
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class TextTokenizer:
@@ -21,12 +23,12 @@ class TextTokenizer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: "Tokenizer",
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ):
         self._tokenizer = tokenizer
-        self.special_tokens = dict(special_tokens or {})
+        self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
@@ -88,6 +90,8 @@ def read_tokenizer(source: Source) -> TextTokenizer | None:
     path = source.find("tokenizer.json")
     if path is None:
         return None
+    from tokenizers import Tokenizer
+
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class

@@ -18,9 +18,18 @@ class WholeModel(Protocol):
     """A ``ShardedGeneralModel`` of all layers, or a chain of several, its ``models``."""
 
     config: ModelConfig
-    device: torch.device
 
-    def generate(self, tokens: Tensor, **arguments) -> tuple[None, Tensor]: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def generate(
+        self,
+        tokens: Tensor,
+        *,
+        curr_pos: int = ...,
+        first_key: Tensor | None = ...,
+        num_logits: int | None = ...,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 def shards_of(model: WholeModel) -> list[ShardedGeneralModel]:

@@ -137,7 +137,7 @@ class _Part:
     def run(self) -> Tensor:
         """Launch one step; returns the next tokens ``[b]``, or the hidden state."""
         if self._replay is None and self._is_warm and is_gpu(self.device):
-            self._replay = _capture(self._launch, self.device)
+            self._replay = capture(self._launch, self.device)
         if self._replay is None:
             self._launch()
             self._is_warm = True
@@ -167,7 +167,7 @@ def _capture_stream(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)  # one: libraries keep memory for each that they have seen
 
 
-def _capture(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def capture(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Record what ``launch`` launches in a CUDA graph, without running it; returns its replay."""
     graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
     with (

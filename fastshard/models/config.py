@@ -6,6 +6,7 @@ Which switches a family sets is in ``_FAMILIES``; every number comes from the co
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fastshard.nn.rope import RopeScaling
 
@@ -117,7 +118,7 @@ class ModelConfig:
     windowed_layers: tuple[int, ...] = ()
     attn_dropout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rotary_dim == 0:
             object.__setattr__(self, "rotary_dim", self.head_dim)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_seq_len"):
@@ -149,7 +150,7 @@ class ModelConfig:
         return self.sliding_window if layer in self.windowed_layers else None
 
     @classmethod
-    def from_dict(cls, config: Mapping, model_id: str = "") -> "ModelConfig":
+    def from_dict(cls, config: Mapping[str, Any], model_id: str = "") -> "ModelConfig":
         """Read exo's keys (``embed_dim`` ...) or those of a Hugging Face ``config.json``.
 
         Args:

@@ -4,6 +4,7 @@ Reads top to bottom: build the parts this shard holds, check the inputs, run the
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from fastshard.nn.linear import random_weight
 
 
 def GeneralMHA(
-    config: ModelConfig | Mapping,
+    config: ModelConfig | Mapping[str, Any],
     shard: Shard,
     *,
     device: torch.device | str | None = None,
@@ -50,7 +51,7 @@ class ShardTransformerDecoder(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig | Mapping,
+        config: ModelConfig | Mapping[str, Any],
         shard: Shard,
         *,
         device: torch.device | str | None = None,
@@ -71,13 +72,13 @@ class ShardTransformerDecoder(nn.Module):
             )
         self.config = config
         self.shard = shard
-        self.max_seq_len = config.max_seq_len
+        self.max_seq_len: int = config.max_seq_len
         placed = {"device": device, "dtype": dtype}
         is_first, is_last = shard.is_first_layer(), shard.is_last_layer()
         is_tied = config.tie_word_embeddings
         size = (config.vocab_size, config.hidden_size)
 
-        self.tok_embeddings = None
+        self.tok_embeddings: nn.Embedding | None = None
         if is_first or (is_last and is_tied):
             self.tok_embeddings = nn.Embedding(*size, _weight=random_weight(*size, device, dtype))
         rope = RotaryEmbedding(
@@ -88,9 +89,13 @@ class ShardTransformerDecoder(nn.Module):
             interleaved=config.rope_interleaved,
             device=device,
         )
-        self.layers = nn.ModuleDict({str(i): _layer(config, i, rope, placed) for i in shard.layers})
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, **placed) if is_last else None
-        self.output = None
+        self.layers: nn.ModuleDict = nn.ModuleDict(
+            {str(i): _layer(config, i, rope, placed) for i in shard.layers}
+        )
+        self.norm: RMSNorm | None = None
+        if is_last:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, **placed)
+        self.output: Linear | None = None
         if is_last and not is_tied:
             self.output = Linear(random_weight(*size, device, dtype))
         self.requires_grad_(False)
@@ -144,7 +149,7 @@ class ShardTransformerDecoder(nn.Module):
         """
         self._any_layer.reset_cache()  # and its flag, which a pass uses for all layers
         for layer in self.layers.values():
-            layer.attn.kv_cache.size = 0
+            layer.attn.kv_cache.count_as(self.any_cache)
 
     @property
     def any_cache(self) -> KVCache | None:
@@ -162,8 +167,9 @@ class ShardTransformerDecoder(nn.Module):
 
     def advance(self, num_rows: int, num_tokens: int) -> None:
         """Count ``num_tokens`` more tokens in every cache as held."""
+        self.any_cache.advance(num_rows, num_tokens)
         for layer in self.layers.values():
-            layer.attn.kv_cache.advance(num_rows, num_tokens)
+            layer.attn.kv_cache.count_as(self.any_cache)
 
     def raise_on_overflow(self) -> None:
         """Raise if a token since ``reset_caches`` was out of range; waits for the device."""

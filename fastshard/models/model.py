@@ -1,12 +1,13 @@
 """ShardedGeneralModel: one shard on one device, with exo's generate step."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastshard.models.config import ModelConfig
-from fastshard.models.decoder import GeneralMHA
+from fastshard.models.decoder import GeneralMHA, ShardTransformerDecoder
 from fastshard.models.inputs import check_input, check_mask, check_positions
 from fastshard.models.shard import Shard
 
@@ -31,7 +32,7 @@ class ShardedGeneralModel(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig | Mapping,
+        config: ModelConfig | Mapping[str, Any],
         shard: Shard,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float16,
@@ -40,9 +41,9 @@ class ShardedGeneralModel(nn.Module):
     ):
         """Build with random weights; ``device="meta"`` allocates nothing (then ``to_empty``)."""
         super().__init__()
-        self.model = GeneralMHA(config, shard, device=device, dtype=dtype)
-        self.config = self.model.config
-        self.shard = shard
+        self.model: ShardTransformerDecoder = GeneralMHA(config, shard, device=device, dtype=dtype)
+        self.config: ModelConfig = self.model.config
+        self.shard: Shard = shard
         self.use_cache = use_cache
         self.max_generated_tokens = max_generated_tokens
         self._made_cache: tuple[int, int] | None = None  # batch and slots of the cache made here

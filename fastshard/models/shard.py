@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Shard:
     end_layer: int
     n_layers: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.model_id, str):
             raise TypeError(f"model_id must be a string, got {self.model_id!r}")
         for name in ("start_layer", "end_layer", "n_layers"):
@@ -49,12 +50,12 @@ class Shard:
         """Number of layers held."""
         return self.end_layer - self.start_layer + 1
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain dict with the constructor's four keys."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> "Shard":
+    def from_dict(cls, data: Mapping[str, Any]) -> "Shard":
         """Inverse of ``to_dict``.
 
         Raises:

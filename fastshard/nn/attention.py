@@ -77,12 +77,14 @@ class MultiHeadAttention(PackedLinears):
         rows = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.pack(rows, embed_dim, bias=qkv_bias, device=device, dtype=dtype)
         weight = random_weight(embed_dim, q_size, device, dtype)
-        self.output_proj = Linear(weight, weight.new_zeros(embed_dim) if output_bias else None)
+        self.output_proj: Linear = Linear(
+            weight, weight.new_zeros(embed_dim) if output_bias else None
+        )
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.pos_embeddings = pos_embeddings
         self.kv_cache: KVCache | None = None
-        self.cache_enabled = False
+        self.cache_enabled: bool = False
 
     def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
         """Allocate and enable the cache; an earlier one is dropped, with what it holds.

@@ -35,6 +35,11 @@ class KVCache(nn.Module):
         size: Tokens held, the same for every row.
     """
 
+    k_cache: Tensor
+    v_cache: Tensor
+    overflow: Tensor
+    size: int
+
     def __init__(
         self,
         batch_size: int,
@@ -47,9 +52,11 @@ class KVCache(nn.Module):
         super().__init__()
         self.batch_size = batch_size
         self.max_seq_len = max_seq_len
-        self.size = 0
         self._num_rows = 0  # of the prompt that the cache holds
         self._indices: Tensor | None = None
+        # The count is the length of a view: torch.compile makes a size that changes symbolic, but
+        # takes an int of a module for a constant, and would compile anew for every token.
+        self._held: Tensor | None = None
         shape = (batch_size, num_kv_heads, max_seq_len, head_dim)
         with torch.inference_mode(False):  # later calls may be outside of it
             for name in ("k_cache", "v_cache"):
@@ -57,6 +64,15 @@ class KVCache(nn.Module):
                 self.register_buffer(name, buffer, persistent=False)
             overflow = torch.zeros(1, dtype=torch.int32, device=device)
             self.register_buffer("overflow", overflow, persistent=False)
+
+    @property
+    def size(self) -> int:
+        """Tokens held."""
+        return 0 if self._held is None else self._held.shape[0]
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self._held = self._device_indices()[:size] if size > 0 else None
 
     def next_step(self, num_rows: int, num_tokens: int, start: int | None = None) -> CacheStep:
         """Say where ``num_tokens`` of each row go. Changes nothing: ``advance`` counts them.
@@ -103,11 +119,16 @@ class KVCache(nn.Module):
     def advance(self, num_rows: int, num_tokens: int) -> None:
         """Count ``num_tokens`` more tokens in each of ``num_rows`` rows as held."""
         self._num_rows = num_rows
-        self.size += num_tokens
+        self._held = self._device_indices()[: self.size + num_tokens]
+
+    def count_as(self, other: "KVCache") -> None:
+        """Take over the count of another layer's cache, which was given the same tokens."""
+        self._num_rows = other._num_rows
+        self._held = other._held
 
     def reset(self) -> None:
         """Hold nothing, for the next prompt. Costs nothing: unused slots are never read."""
-        self.size = 0
+        self._held = None
         self.overflow.zero_()
 
     def update(self, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:

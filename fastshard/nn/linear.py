@@ -4,6 +4,9 @@
 the packed tensor, and the parameters that a state dict sees are views of its rows.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +31,10 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """Take ``weight``, ``[out_features, in_features]``, and ``bias``, ``[out_features]``."""
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.weight: nn.Parameter = nn.Parameter(weight, requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Map ``x``, ``[..., in_features]``, to ``[..., out_features]``, plus ``residual``."""
@@ -100,18 +105,53 @@ class PackedLinears(nn.Module):
             dtype: By default PyTorch's.
         """
         total = sum(out_features.values())
+        weight = random_weight(total, in_features, device, dtype)
+        self._hold(out_features, weight, weight.new_zeros(total) if bias else None, interleaved)
+
+    def adopt(self, layers: Mapping[str, nn.Module], *, interleaved: bool = False) -> None:
+        """Pack existing linear layers: their parameters become views of the packed tensors.
+
+        The children are modules of their own, with parameters of their own over the same memory:
+        nothing is kept twice, and at most one copy of these layers' weights is made on the way.
+
+        Args:
+            layers: Name of each child -> a layer with ``weight``, ``[out_features, in_features]``,
+                and ``bias``, ``[out_features]`` or None. They are of one device, dtype and
+                in_features; none has a bias, or all have.
+            interleaved: As in ``pack``.
+
+        Raises:
+            ValueError: the layers differ.
+        """
+        first, *rest = layers.items()
+        for name, layer in rest:
+            if (kind := _kind(layer)) != _kind(first[1]):
+                raise ValueError(f"{name} must be like {first[0]}, {_kind(first[1])}, got {kind}")
+        rows = {name: layer.weight.shape[0] for name, layer in layers.items()}
+        if interleaved and len(set(rows.values())) > 1:
+            raise ValueError(f"interleaved layers must be of one size, got {rows}")
+        total, like = sum(rows.values()), first[1].weight.detach()
+        bias = None if first[1].bias is None else like.new_empty(total)
+        self._hold(rows, like.new_empty(total, like.shape[1]), bias, interleaved)
+        for child, layer in layers.items():
+            for name, view in self._modules[child].named_parameters():
+                parameter = getattr(layer, name)
+                view.copy_(parameter.detach())
+                parameter.data = view.data
+
+    def _hold(
+        self, rows: Mapping[str, int], weight: Tensor, bias: Tensor | None, interleaved: bool
+    ) -> None:
+        """Take the packed tensors and make the children, views of them."""
+        self.packed_weight, self.packed_bias = weight, bias
         self._packed_rows: dict[str, slice] = {}
         start = 0
-        for index, (name, rows) in enumerate(out_features.items()):
-            self._packed_rows[name] = (
-                slice(index, None, len(out_features)) if interleaved else slice(start, start + rows)
-            )
-            start += rows
-        self.packed_weight = random_weight(total, in_features, device, dtype)
-        self.packed_bias = self.packed_weight.new_zeros(total) if bias else None
-        for name, rows in self._packed_rows.items():
-            child_bias = None if self.packed_bias is None else self.packed_bias[rows]
-            self.add_module(name, _LinearView(self.packed_weight[rows], child_bias))
+        for index, (name, size) in enumerate(rows.items()):
+            part = slice(index, None, len(rows)) if interleaved else slice(start, start + size)
+            self._packed_rows[name] = part
+            start += size
+            child_bias = None if bias is None else bias[part]
+            self.add_module(name, _LinearView(weight[part], child_bias))
         self.register_load_state_dict_post_hook(_repack_after_load)
 
     def _views(self):
@@ -159,9 +199,15 @@ class PackedLinears(nn.Module):
         self._repack()
         return self
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._repack()  # deepcopy and pickle give every tensor a storage of its own
+
+
+def _kind(layer: nn.Module) -> str:
+    """What layers must have in common to be packed."""
+    weight, bias = layer.weight, "no bias" if layer.bias is None else "a bias"
+    return f"[*, {weight.shape[1]}] {weight.dtype} on {weight.device} with {bias}"
 
 
 def _repack_after_load(module: PackedLinears, incompatible_keys) -> None:

@@ -27,7 +27,7 @@ class FeedForward(PackedLinears):
         self.activation = activation
         rows = {"w1": hidden_dim, "w3": hidden_dim}
         self.pack(rows, dim, interleaved=True, device=device, dtype=dtype)
-        self.w2 = Linear(random_weight(dim, hidden_dim, device, dtype))
+        self.w2: Linear = Linear(random_weight(dim, hidden_dim, device, dtype))
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Map ``x``, ``[..., dim]``, to ``[..., dim]``, plus ``residual``."""

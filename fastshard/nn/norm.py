@@ -19,7 +19,8 @@ class RMSNorm(nn.Module):
     ):
         super().__init__()
         self.eps = eps
-        self.scale = nn.Parameter(torch.ones(dim, device=device, dtype=dtype), requires_grad=False)
+        ones = torch.ones(dim, device=device, dtype=dtype)
+        self.scale: nn.Parameter = nn.Parameter(ones, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``, ``[..., dim]``, any strides; contiguous result of its dtype."""

@@ -29,7 +29,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rope_type not in ("llama3", "linear"):
             raise ValueError(f"rope_type must be llama3 or linear, got {self.rope_type!r}")
         for name in ("factor", "low_freq_factor", "original_max_position_embeddings"):

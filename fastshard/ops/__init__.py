@@ -1,5 +1,17 @@
-"""The op layer: one file a family. Public functions here, raw ops as ``torch.ops.fastshard.*``."""
+"""The op layer: one file a family. Public functions here, raw ops as ``torch.ops.fastshard.*``.
 
+- ``torch.compile``: one graph, symbolic sizes; the schemas name the arguments that are written to.
+- ``torch.autocast`` has no effect: an op takes the dtypes it documents and computes as it says. A
+  tensor that autocast made another dtype is a TypeError, never a silent cast.
+- Autograd: norms, ``apply_rope``, ``act_and_mul`` and ``silu_and_mul`` have formulas, in reverse
+  mode. Other public functions raise a RuntimeError where an argument requires grad, which names
+  what to use instead (``INFERENCE_ONLY``). Of their raw ops PyTorch warns in the backward pass.
+- ``torch.vmap`` calls an op in a loop; the ops that write to an argument raise.
+- ``torch.inference_mode`` is cheapest under ``torch.compile`` without CUDA graphs: there an op with
+  a formula else runs through the formula's Python kernel.
+"""
+
+from fastshard.ops._autograd import INFERENCE_ONLY
 from fastshard.ops._library import COSTS, Cost, load_kernels
 from fastshard.ops.activation import act_and_mul, silu_and_mul
 from fastshard.ops.attention import attention, attention_layer_norm, cached_attention
@@ -25,6 +37,7 @@ if HAS_KERNELS:
 __all__ = [
     "COSTS",
     "HAS_KERNELS",
+    "INFERENCE_ONLY",
     "Cost",
     "DecodeWeights",
     "act_and_mul",

@@ -1,4 +1,8 @@
-"""Argument checks that several op families share: plain if/raise, which traces under fullgraph."""
+"""Argument checks that several op families share: plain if/raise, which traces under fullgraph.
+
+They run on every call and must cost little. Where several tensors obey the same rules, a public
+function first asks whether all do, and only if not goes through them one by one for the error.
+"""
 
 import torch
 from torch import Tensor
@@ -26,7 +30,7 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def check_shape(name: str, tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
     """Raise ValueError unless ``tensor`` has exactly ``shape``."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 

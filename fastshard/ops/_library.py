@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+_LIBRARY = torch.library.Library("fastshard", "FRAGMENT")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -35,9 +40,38 @@ def cost(op_name: str) -> Callable[[Callable[..., Cost]], Callable[..., Cost]]:
 
 
 def define(schema: str) -> None:
-    """Declare the op ``fastshard::<schema>``, e.g. ``define("f(Tensor x) -> Tensor")``."""
+    """Declare the op ``fastshard::<schema>``, e.g. ``define("f(Tensor x) -> Tensor")``.
+
+    Under ``torch.autocast`` the op runs as outside of it. ``torch.vmap`` calls an op in a loop, as
+    PyTorch does by default, but raises for one that writes to an argument.
+    """
     name, arguments = schema.split("(", 1)
     torch.library.define(f"fastshard::{name}", f"({arguments}", tags=torch.Tag.pt2_compliant_tag)
+    op = getattr(torch.ops.fastshard, name).default
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _LIBRARY.impl(name, _without_autocast(op), key)
+    if op._schema.is_mutable:
+        _LIBRARY.impl(name, _refuse_vmap(name), "FuncTorchBatched")
+
+
+def _without_autocast(op: Callable) -> Callable:
+    """The op with autocast off: else it would reach the matmuls of kernels and CPU references."""
+
+    def call(*arguments):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return op(*arguments)
+
+    return call
+
+
+def _refuse_vmap(name: str) -> Callable:
+    def call(*arguments):
+        raise RuntimeError(
+            f"{name} does not run under torch.vmap, for it writes to its arguments: "
+            "call it once, on the whole batch"
+        )
+
+    return call
 
 
 def load_kernels() -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastshard.ops._autograd import call_differentiable
 from fastshard.ops._checks import check_floating
 from fastshard.ops._library import Cost, cost, define
 
@@ -21,6 +22,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 """The names that ops take as ``activation``, and what each computes."""
+
+_ACTIVATION_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward.default,
+    "gelu": torch.ops.aten.gelu_backward.default,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward.default, approximate="tanh"),
+    "relu": partial(torch.ops.aten.threshold_backward.default, threshold=0),
+}
+"""Gradients of the same, of the output's gradient and the input."""
 
 define("act_and_mul(Tensor gate_up, str activation, bool interleaved) -> Tensor")
 define("silu_and_mul(Tensor gate_up, bool interleaved) -> Tensor")
@@ -48,7 +57,8 @@ def act_and_mul(gate_up: Tensor, *, activation: str = "silu", interleaved: bool 
     _check_gate_up(gate_up)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return torch.ops.fastshard.act_and_mul.default(gate_up, activation, interleaved)
+    op = torch.ops.fastshard.act_and_mul.default
+    return call_differentiable(op, gate_up, activation, interleaved)
 
 
 def silu_and_mul(gate_up: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -68,7 +78,7 @@ def silu_and_mul(gate_up: Tensor, *, interleaved: bool = False) -> Tensor:
     Source: Shazeer 2020 (GLU Variants Improve Transformer), eq. 5.
     """
     _check_gate_up(gate_up)
-    return torch.ops.fastshard.silu_and_mul.default(gate_up, interleaved)
+    return call_differentiable(torch.ops.fastshard.silu_and_mul.default, gate_up, interleaved)
 
 
 def _check_gate_up(gate_up: Tensor) -> None:
@@ -89,11 +99,15 @@ def _(gate_up: Tensor, interleaved: bool) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-def _reference(gate_up: Tensor, activation: str, interleaved: bool) -> Tensor:
+def _separate(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the gates and the ups."""
     if interleaved:
-        gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
-    else:
-        gate, up = gate_up.chunk(2, dim=-1)
+        return gate_up[..., 0::2], gate_up[..., 1::2]
+    return gate_up.chunk(2, dim=-1)
+
+
+def _reference(gate_up: Tensor, activation: str, interleaved: bool) -> Tensor:
+    gate, up = _separate(gate_up, interleaved)
     product = ACTIVATIONS[activation](gate.float()) * up.float()
     return product.to(gate_up.dtype).contiguous()
 
@@ -104,6 +118,39 @@ torch.library.impl("fastshard::act_and_mul", "cpu", _reference)
 @torch.library.impl("fastshard::silu_and_mul", "cpu")
 def _(gate_up: Tensor, interleaved: bool) -> Tensor:
     return _reference(gate_up, "silu", interleaved)
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    gate_up, *ctx.settings = inputs
+    ctx.save_for_backward(gate_up)
+
+
+def _gradient(ctx, grad: Tensor, activation: str, interleaved: bool) -> Tensor:
+    """Of ``gate_up``, computed in float32 and rounded once."""
+    (gate_up,) = ctx.saved_tensors
+    gate, up = (half.float() for half in _separate(gate_up, interleaved))
+    grad32 = grad.float()
+    dgate = _ACTIVATION_BACKWARDS[activation](grad32 * up, gate)
+    dup = grad32 * ACTIVATIONS[activation](gate)
+    if interleaved:
+        return torch.stack((dgate, dup), dim=-1).flatten(-2).to(grad.dtype)
+    return torch.cat((dgate, dup), dim=-1).to(grad.dtype)
+
+
+def _act_and_mul_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _gradient(ctx, grad, *ctx.settings), None, None
+
+
+def _silu_and_mul_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return _gradient(ctx, grad, "silu", *ctx.settings), None
+
+
+torch.library.register_autograd(
+    "fastshard::act_and_mul", _act_and_mul_backward, setup_context=_save
+)
+torch.library.register_autograd(
+    "fastshard::silu_and_mul", _silu_and_mul_backward, setup_context=_save
+)
 
 
 @cost("act_and_mul")

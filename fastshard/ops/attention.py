@@ -9,11 +9,16 @@ import math
 import torch
 from torch import Tensor
 
-from fastshard.ops._checks import check_floating
+from fastshard.ops._attention_arguments import MAX_HEAD_DIM as MAX_HEAD_DIM
+from fastshard.ops._attention_arguments import (
+    cached_keys_and_values,
+    check_qkv,
+    check_vector,
+    checked_rules,
+)
+from fastshard.ops._autograd import inference_only, refuse_gradients
 from fastshard.ops._library import COSTS, Cost, cost, define
-from fastshard.ops.rope import check_rope_table, per_token
 
-MAX_HEAD_DIM = 256
 ROTATING_ROWS = 17
 """Query rows for each key/value head from which on the kernel itself rotates queries."""
 REFERENCE_SCORES = 1 << 22
@@ -29,6 +34,9 @@ define(
     "attention_layer_norm(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, float eps, "
     f"{_RULES}) -> Tensor"
 )
+_DIFFERENTIABLE = "torch.nn.functional.scaled_dot_product_attention"
+inference_only("attention", _DIFFERENTIABLE)
+inference_only("attention_layer_norm", f"{_DIFFERENTIABLE} and torch.nn.functional.layer_norm")
 
 
 def attention(
@@ -84,13 +92,41 @@ def attention(
         ValueError: A shape, a device or a number breaks one of the rules above, or only one of
             ``rope_table`` and ``rope_positions`` is given.
         TypeError: A dtype does.
+        RuntimeError: A gradient is asked for, which this op has not.
 
     Source: Dao 2023, FlashAttention-2, algorithm 1.
     """
-    _check_qkv(q, k, v, "k", "v")
-    rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
-    rope = (rope_table, rope_positions, rope_interleaved)
-    return torch.ops.fastshard.attention.default(q, k, v, *_checked(q, k, *rules, *rope))
+    check_qkv(q, k, v, "k", "v")
+    if torch.is_grad_enabled():
+        refuse_gradients("attention", q=q, k=k, v=v, mask=mask, rope_table=rope_table)
+    softmax_scale, rope_positions = checked_rules(
+        q,
+        k,
+        mask,
+        causal,
+        kv_lengths,
+        first_key,
+        window,
+        softcap,
+        softmax_scale,
+        rope_table,
+        rope_positions,
+    )
+    return torch.ops.fastshard.attention.default(
+        q,
+        k,
+        v,
+        mask,
+        causal,
+        kv_lengths,
+        first_key,
+        window,
+        softcap,
+        softmax_scale,
+        rope_table,
+        rope_positions,
+        rope_interleaved,
+    )
 
 
 def cached_attention(
@@ -123,17 +159,40 @@ def cached_attention(
     Returns:
         ``[b, s_q, num_qo_heads, head_dim]``, contiguous, dtype of ``q``.
     """
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dim() != 4 or q.dim() != 4 or cache.shape[0] < q.shape[0]:
-            raise ValueError(
-                f"{name} must be [B, num_kv_heads, S_max, head_dim], B at least the batch of q, "
-                f"got {list(cache.shape)} for q {list(q.shape)}"
-            )
-    k, v = (cache[: q.shape[0]].transpose(1, 2) for cache in (k_cache, v_cache))
-    _check_qkv(q, k, v, "k_cache", "v_cache")
-    rules = (mask, mask is None, kv_lengths, first_key, window, softcap, softmax_scale)
-    rope = (rope_table, rope_positions, rope_interleaved)
-    return torch.ops.fastshard.attention.default(q, k, v, *_checked(q, k, *rules, *rope))
+    k, v = cached_keys_and_values(q, k_cache, v_cache)
+    check_qkv(q, k, v, "k_cache", "v_cache")
+    if torch.is_grad_enabled():
+        tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask}
+        refuse_gradients("attention", "cached_attention", **tensors, rope_table=rope_table)
+    causal = mask is None
+    softmax_scale, rope_positions = checked_rules(
+        q,
+        k,
+        mask,
+        causal,
+        kv_lengths,
+        first_key,
+        window,
+        softcap,
+        softmax_scale,
+        rope_table,
+        rope_positions,
+    )
+    return torch.ops.fastshard.attention.default(
+        q,
+        k,
+        v,
+        mask,
+        causal,
+        kv_lengths,
+        first_key,
+        window,
+        softcap,
+        softmax_scale,
+        rope_table,
+        rope_positions,
+        rope_interleaved,
+    )
 
 
 def attention_layer_norm(
@@ -173,114 +232,47 @@ def attention_layer_norm(
 
     Source: as :func:`attention`; Ba, Kiros & Hinton 2016, section 3, over head_dim.
     """
-    _check_qkv(q, k, v, "k", "v")
+    check_qkv(q, k, v, "k", "v")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is None:
             continue
         if vector.dtype != q.dtype:
             raise TypeError(f"{name} must be {q.dtype}, got {vector.dtype}")
-        _check_vector(name, vector, q.shape[-1], q)
-    rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
-    rope = (rope_table, rope_positions, rope_interleaved)
-    return torch.ops.fastshard.attention_layer_norm.default(
-        q, k, v, weight, bias, eps, *_checked(q, k, *rules, *rope)
+        check_vector(name, vector, q.shape[-1], q)
+    if torch.is_grad_enabled():
+        tensors = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias, "mask": mask}
+        refuse_gradients("attention_layer_norm", **tensors, rope_table=rope_table)
+    softmax_scale, rope_positions = checked_rules(
+        q,
+        k,
+        mask,
+        causal,
+        kv_lengths,
+        first_key,
+        window,
+        softcap,
+        softmax_scale,
+        rope_table,
+        rope_positions,
     )
-
-
-def _check_vector(name: str, vector: Tensor, size: int, q: Tensor) -> None:
-    if vector.dim() != 1 or vector.shape[0] != size:
-        raise ValueError(f"{name} must have shape [{size}], got {list(vector.shape)}")
-    if vector.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} like q, got {vector.device}")
-
-
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> None:
-    check_floating("q", q)
-    if q.is_cuda and q.dtype == torch.float32:
-        raise TypeError("q must be float16 or bfloat16 on CUDA, got torch.float32")
-    if q.dim() != 4:
-        raise ValueError(f"q must be [b, s_q, num_qo_heads, head_dim], got shape {list(q.shape)}")
-    b, _, num_qo_heads, head_dim = q.shape
-    if head_dim == 0 or head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        raise ValueError(
-            f"q must have a head_dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
-        )
-    for name, tensor in ((k_name, k), (v_name, v)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must be {q.dtype} like q, got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
-        if tensor.dim() != 4 or tensor.shape[0] != b or tensor.shape[3] != head_dim:
-            raise ValueError(
-                f"{name} must have 4 dimensions, the batch {b} and the head_dim {head_dim} of q, "
-                f"got shape {list(tensor.shape)}"
-            )
-    if v.shape != k.shape:
-        raise ValueError(f"{v_name} must have the shape of {k_name}, got {_differing(v, k)}")
-    if k.shape[2] == 0 or num_qo_heads % k.shape[2]:
-        raise ValueError(
-            f"q must have a multiple of {k_name}'s {k.shape[2]} heads, got {num_qo_heads} heads"
-        )
-
-
-def _differing(v: Tensor, k: Tensor) -> str:
-    names = ("batch", "length", "num_kv_heads", "head_dim")
-    pairs = zip(names, v.shape, k.shape, strict=True)
-    return ", ".join(f"{name} {a} for {b}" for name, a, b in pairs if a != b)
-
-
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    kv_lengths: Tensor | None,
-    first_key: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float | None,
-    rope_table: Tensor | None,
-    rope_positions: Tensor | None,
-    rope_interleaved: bool,
-) -> tuple:
-    """The rules as the raw ops take them, or the error that names the one that does not hold."""
-    b, s_q, _, head_dim = q.shape
-    s_kv = k.shape[1]
-    for name, vector in (("kv_lengths", kv_lengths), ("first_key", first_key)):
-        if vector is None:
-            continue
-        if vector.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name} must be int32 or int64, got {vector.dtype}")
-        _check_vector(name, vector, b, q)
-    if mask is not None:
-        if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-            raise TypeError(f"mask must be bool or floating, got {mask.dtype}")
-        if mask.dim() != 3 or mask.shape[0] not in (1, b) or mask.shape[1] != s_q:
-            raise ValueError(f"mask must be [1 or {b}, {s_q}, S], got shape {list(mask.shape)}")
-        if kv_lengths is None and mask.shape[2] < s_kv:
-            raise ValueError(f"mask must cover all {s_kv} keys, got shape {list(mask.shape)}")
-        if mask.device != q.device:
-            raise ValueError(f"mask must be on {q.device} like q, got {mask.device}")
-        if causal:
-            raise ValueError(
-                "causal must be False where a mask is given, which replaces it, got True"
-            )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    if window is not None and not causal:
-        raise ValueError(f"window must be None without the causal rule, got {window}")
-    for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale)):
-        if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {number}")
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(head_dim)
-    if (rope_table is None) != (rope_positions is None):
-        raise ValueError("rope_table and rope_positions must be given together")
-    if rope_table is not None:
-        check_rope_table("rope_table", rope_table, q)
-        rope_positions = per_token("rope_positions", rope_positions, q)
-    rules = (mask, causal, kv_lengths, first_key, window, softcap, softmax_scale)
-    return *rules, rope_table, rope_positions, rope_interleaved
+    return torch.ops.fastshard.attention_layer_norm.default(
+        q,
+        k,
+        v,
+        weight,
+        bias,
+        eps,
+        mask,
+        causal,
+        kv_lengths,
+        first_key,
+        window,
+        softcap,
+        softmax_scale,
+        rope_table,
+        rope_positions,
+        rope_interleaved,
+    )
 
 
 @torch.library.register_fake("fastshard::attention")

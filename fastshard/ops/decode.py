@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastshard.ops._autograd import inference_only, refuse_gradients
 from fastshard.ops._decode_arguments import (
     WEIGHT_LISTS,
     DecodeArguments,
@@ -35,6 +36,7 @@ define(
     "Tensor(d!) workspace, Tensor(e!) out, int num_heads, float norm_eps, bool weight_in_fp32, "
     "bool rope_interleaved, str activation, int[] windows) -> ()"
 )
+inference_only("decode_step", "a model of torch.nn's own modules")
 
 
 def decode_workspace_size(
@@ -132,7 +134,8 @@ def decode_step(
         ValueError: A shape, size, stride or device is not as above.
         TypeError: A dtype is not as above.
         RuntimeError: "decode_step: cannot be resident": this GPU cannot hold all blocks of the
-            launch at a time; nothing was written.
+            launch at a time; nothing was written. Or a gradient is asked for, which this op has
+            not.
     """
     step = DecodeArguments(
         x,
@@ -171,7 +174,19 @@ def decode_step(
     if rule is not None:
         raise ValueError(rule)
     check_state(step, sizes, _workspace_size(x.shape[0], num_heads, sizes))
+    if torch.is_grad_enabled():
+        refuse_gradients("decode_step", **_tensors_by_name(step))
     torch.ops.fastshard.decode_step.default(*step)
+
+
+def _tensors_by_name(step: DecodeArguments) -> dict[str, Tensor]:
+    """Every tensor of a step, those of a list as ``name[i]``."""
+    named = {}
+    for name, value in step._asdict().items():
+        for i, tensor in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(tensor, Tensor):
+                named[f"{name}[{i}]" if isinstance(value, list) else name] = tensor
+    return named
 
 
 @torch.library.register_fake("fastshard::decode_step")

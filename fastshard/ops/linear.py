@@ -7,6 +7,7 @@ in csrc/ops/linear.cpp. The CPU reference is the specification: it fixes where v
 import torch
 from torch import Tensor
 
+from fastshard.ops._autograd import inference_only, refuse_gradients
 from fastshard.ops._checks import check_floating, check_like, check_shape
 from fastshard.ops._library import Cost, cost, define
 
@@ -14,6 +15,7 @@ define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, "
     "bool weight_in_fp32, Tensor? residual, str variant='auto') -> Tensor"
 )
+inference_only("linear", "torch.nn.functional.linear")
 
 
 def linear(
@@ -46,6 +48,7 @@ def linear(
         ValueError: A shape or device does not fit, or a norm is asked of rows that are not a
             multiple of 16 bytes.
         TypeError: ``x`` has another dtype, or another tensor not that of ``x``.
+        RuntimeError: A gradient is asked for, which this op has not.
     """
     check_floating("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -70,6 +73,9 @@ def linear(
     if residual is not None:
         check_like("residual", residual, x)
         check_shape("residual", residual, (*x.shape[:-1], out_features))
+    if torch.is_grad_enabled():
+        tensors = {"bias": bias, "norm_weight": norm_weight, "residual": residual}
+        refuse_gradients("linear", x=x, weight=weight, **tensors)
     return torch.ops.fastshard.linear.default(
         x, weight, bias, norm_weight, norm_eps, weight_in_fp32, residual
     )

@@ -9,6 +9,7 @@ are rounded.
 import torch
 from torch import Tensor
 
+from fastshard.ops._autograd import inference_only, refuse_gradients
 from fastshard.ops._checks import check_floating, check_like, check_shape
 from fastshard.ops._library import Cost, cost, define
 from fastshard.ops.activation import ACTIVATIONS
@@ -18,6 +19,7 @@ define(
     "fused_mlp(Tensor x, Tensor gate_up_weight, Tensor down_weight, str activation, "
     "Tensor? residual, str variant='auto') -> Tensor"
 )
+inference_only("fused_mlp", "torch.nn.functional.linear and fastshard.ops.act_and_mul")
 
 
 def fused_mlp(
@@ -53,6 +55,7 @@ def fused_mlp(
         ValueError: A shape or device does not fit, or ``activation`` is unknown.
         TypeError: ``x`` has another dtype, or another tensor not that of ``x``; or
             ``fp16_accumulation`` is True and ``x`` not float16.
+        RuntimeError: A gradient is asked for, which this op has not.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
     """
@@ -79,6 +82,9 @@ def fused_mlp(
     if fp16_accumulation is None:
         fp16_accumulation = x.dtype == torch.float16 and _torch_allows_fp16_accumulation()
     variant = "auto_fp16_accumulation" if fp16_accumulation else "auto"
+    if torch.is_grad_enabled():
+        weights = {"gate_up_weight": gate_up_weight, "down_weight": down_weight}
+        refuse_gradients("fused_mlp", x=x, **weights, residual=residual)
     return torch.ops.fastshard.fused_mlp.default(
         x, gate_up_weight, down_weight, activation, residual, variant
     )

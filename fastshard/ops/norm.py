@@ -8,6 +8,8 @@ how many threads hold a row, and how many 16-byte vectors each, like ``256x2``.
 import torch
 from torch import Tensor
 
+from fastshard.ops import _norm_gradients
+from fastshard.ops._autograd import call_differentiable
 from fastshard.ops._checks import check_floating, check_like, check_shape
 from fastshard.ops._library import Cost, cost, define
 
@@ -55,7 +57,7 @@ def rms_norm(
     """
     _check_rows(x)
     _check_vector("weight", weight, x)
-    return torch.ops.fastshard.rms_norm.default(x, weight, eps, weight_in_fp32)
+    return call_differentiable(torch.ops.fastshard.rms_norm.default, x, weight, eps, weight_in_fp32)
 
 
 def add_rms_norm(
@@ -90,7 +92,9 @@ def add_rms_norm(
     check_like("residual", residual, x)
     check_shape("residual", residual, x.shape)
     _check_vector("weight", weight, x)
-    return torch.ops.fastshard.add_rms_norm.default(x, residual, weight, eps, weight_in_fp32)
+    return call_differentiable(
+        torch.ops.fastshard.add_rms_norm.default, x, residual, weight, eps, weight_in_fp32
+    )
 
 
 def layer_norm(
@@ -117,7 +121,7 @@ def layer_norm(
     _check_rows(x)
     _check_vector("weight", weight, x)
     _check_vector("bias", bias, x)
-    return torch.ops.fastshard.layer_norm.default(x, weight, bias, eps)
+    return call_differentiable(torch.ops.fastshard.layer_norm.default, x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -152,7 +156,9 @@ def add_layer_norm(
     check_shape("residual", residual, x.shape)
     _check_vector("weight", weight, x)
     _check_vector("bias", bias, x)
-    return torch.ops.fastshard.add_layer_norm.default(x, residual, weight, bias, eps)
+    return call_differentiable(
+        torch.ops.fastshard.add_layer_norm.default, x, residual, weight, bias, eps
+    )
 
 
 def _check_rows(x: Tensor) -> None:
@@ -170,6 +176,9 @@ def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
     if vector is not None:
         check_like(name, vector, x)
         check_shape(name, vector, x.shape[-1:])
+
+
+_norm_gradients.register()
 
 
 # Outputs are contiguous, as the kernels write them, whatever the strides of x.

@@ -6,8 +6,9 @@ CUDA kernel: csrc/rope, bound in csrc/ops/rope.cpp. The CPU reference is the spe
 import torch
 from torch import Tensor
 
-from fastshard.ops._checks import check_device, check_dtype, check_floating, check_like, check_shape
+from fastshard.ops._autograd import call_differentiable, inference_only, refuse_gradients
 from fastshard.ops._library import Cost, cost, define
+from fastshard.ops._rope_arguments import check_append, check_heads, check_rope_table, per_token
 
 define("apply_rope(Tensor x, Tensor table, Tensor positions, bool interleaved) -> Tensor")
 define(
@@ -15,6 +16,7 @@ define(
     " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor(c!) overflow,"
     " bool interleaved) -> Tensor"
 )
+inference_only("rope_append", "fastshard.ops.apply_rope and torch.cat")
 
 
 def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
@@ -36,13 +38,17 @@ def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool
     Raises:
         ValueError: A shape, stride or device is not as above.
         TypeError: A dtype is not as above.
+        RuntimeError: A gradient of ``table`` is asked for; only that of ``x`` exists.
 
     Source: Su et al. 2021 (RoFormer), eq. 34.
     """
-    _check_heads("x", x)
+    check_heads("x", x)
     check_rope_table("table", table, x)
     positions = per_token("positions", positions, x)
-    return torch.ops.fastshard.apply_rope.default(x, table, positions, interleaved)
+    if torch.is_grad_enabled() and table.requires_grad:
+        raise RuntimeError("table must not require grad: apply_rope has a gradient of x alone")
+    op = torch.ops.fastshard.apply_rope.default
+    return call_differentiable(op, x, table, positions, interleaved)
 
 
 def rope_append(
@@ -85,72 +91,22 @@ def rope_append(
     Raises:
         ValueError: A shape, stride or device is not as above.
         TypeError: A dtype is not as above.
+        RuntimeError: A gradient is asked for, which this op has not.
 
     Source: Su et al. 2021 (RoFormer), eq. 34.
     """
-    _check_heads("q", q)
-    b, s, _, head_dim = q.shape
-    for name, tensor in (("k", k), ("v", v)):
-        _check_heads(name, tensor)
-        check_like(name, tensor, q)
-        check_shape(name, tensor, (b, s, k.shape[2], head_dim))
+    check_append(q, k, v, k_cache, v_cache, overflow)
     if table is not None:
         check_rope_table("table", table, q)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_like(name, cache, q)
-        if cache.dim() != 4 or cache.stride(3) != 1:
-            raise ValueError(
-                f"{name} must be [batch, num_kv_heads, max_seq_len, head_dim] with unit last "
-                f"stride, got shape {list(cache.shape)} and strides {list(cache.stride())}"
-            )
-        if cache.shape[0] < b:
-            raise ValueError(
-                f"{name} must hold at least the {b} rows of q's batch, got {cache.shape[0]}"
-            )
-        check_shape(name, cache, (k_cache.shape[0], k.shape[2], k_cache.shape[2], head_dim))
+    are_the_same = slots is positions  # as of a prompt without padding
     positions = per_token("positions", positions, q)
-    slots = per_token("slots", slots, q)
-    check_dtype("overflow", overflow, torch.int32)
-    check_device("overflow", overflow, q.device)
-    check_shape("overflow", overflow, (1,))
+    slots = positions if are_the_same else per_token("slots", slots, q)
+    if torch.is_grad_enabled():
+        caches = {"k_cache": k_cache, "v_cache": v_cache}
+        refuse_gradients("rope_append", q=q, k=k, v=v, table=table, **caches)
     return torch.ops.fastshard.rope_append.default(
         q, k, v, table, positions, k_cache, v_cache, slots, overflow, interleaved
     )
-
-
-def _check_heads(name: str, x: Tensor) -> None:
-    check_floating(name, x)
-    if x.dim() != 4 or x.stride(3) != 1:
-        raise ValueError(
-            f"{name} must be [batch, seq_len, num_heads, head_dim] with unit last stride, "
-            f"got shape {list(x.shape)} and strides {list(x.stride())}"
-        )
-
-
-def check_rope_table(name: str, table: Tensor, x: Tensor) -> None:
-    """Raise unless ``table`` rotates heads of ``x``, ``[..., head_dim]``."""
-    check_dtype(name, table, torch.float32)
-    check_device(name, table, x.device)
-    if table.dim() != 3 or table.shape[2] != 2 or not table.is_contiguous():
-        raise ValueError(
-            f"{name} must be a contiguous [max_positions, rotary_dim // 2, 2], "
-            f"got shape {list(table.shape)} and strides {list(table.stride())}"
-        )
-    if 2 * table.shape[1] > x.shape[3]:
-        raise ValueError(
-            f"{name} must rotate at most head_dim = {x.shape[3]} elements, "
-            f"got rotary_dim {2 * table.shape[1]}"
-        )
-
-
-def per_token(name: str, index: Tensor, x: Tensor) -> Tensor:
-    """A ``[b, s]`` view of an index tensor that may be ``[s]``."""
-    check_dtype(name, index, torch.int64)
-    check_device(name, index, x.device)
-    b, s = x.shape[:2]
-    if tuple(index.shape) not in ((b, s), (s,)):
-        raise ValueError(f"{name} must have shape [{b}, {s}] or [{s}], got {list(index.shape)}")
-    return index.expand(b, s)
 
 
 @torch.library.register_fake("fastshard::apply_rope")
@@ -206,6 +162,22 @@ def _(
     if not valid.all():
         overflow.fill_(1)
     return q.masked_fill_(~valid[:, :, None, None], 0)
+
+
+def _save_rotation(ctx, inputs: tuple, output: Tensor) -> None:
+    _, table, positions, ctx.interleaved = inputs
+    ctx.save_for_backward(table, positions)
+
+
+def _rotate_back(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    """The transpose of a rotation is the rotation by minus its angle: with minus the sines."""
+    table, positions = ctx.saved_tensors
+    back = table * table.new_tensor([1, -1])
+    op = torch.ops.fastshard.apply_rope.default
+    return op(grad, back, positions, ctx.interleaved), None, None, None
+
+
+torch.library.register_autograd("fastshard::apply_rope", _rotate_back, setup_context=_save_rotation)
 
 
 def _inside(index: Tensor, size: int) -> Tensor:

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastshard.ops._autograd import inference_only, refuse_gradients
 from fastshard.ops._checks import check_device, check_dtype, check_floating, check_shape
 from fastshard.ops._library import Cost, cost, define
 
@@ -19,6 +20,7 @@ define(
     "sample(Tensor logits, Tensor step, int seed, float temperature, int top_k, float top_p,"
     " float min_p) -> Tensor"
 )
+inference_only("sample", "torch.multinomial")
 
 
 def sample(
@@ -59,6 +61,7 @@ def sample(
             ``step`` is not ``[]`` or not on the device of ``logits``; a number is out of range or
             not finite.
         TypeError: ``logits`` or ``step`` has another dtype, or ``seed`` or ``top_k`` is no int.
+        RuntimeError: ``logits`` require a gradient, which tokens do not have.
 
     Source: Gumbel-max as in Maddison, Tarlow & Minka 2014; bits from Philox4x32-10, Salmon et al.
     2011; min-p from Nguyen et al. 2024.
@@ -77,6 +80,8 @@ def sample(
     check_device("step", step, logits.device)
     check_shape("step", step, ())
     _check_filters(seed, temperature, top_k, top_p, min_p)
+    if torch.is_grad_enabled():
+        refuse_gradients("sample", logits=logits)
     return torch.ops.fastshard.sample.default(
         logits, step, seed, float(temperature), top_k, float(top_p), float(min_p)
     )

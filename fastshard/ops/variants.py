@@ -57,6 +57,10 @@ class Table:
     entries: tuple[Entry, ...]
 
 
+class OtherVersion(ValueError):
+    """A table of another version of fastshard, whose variants may be others."""
+
+
 def bucket(rows: int) -> int:
     """The power of two at or above ``rows``: calls in one bucket share an entry."""
     return 1 << max(rows - 1, 0).bit_length()
@@ -77,7 +81,7 @@ def read_table(path: Path) -> Table:
     """Read one file.
 
     Raises:
-        ValueError: it is not a table, or one of another version of fastshard.
+        ValueError: it is not a table, or one of another version of fastshard (``OtherVersion``).
         OSError: it cannot be read.
     """
     try:
@@ -88,7 +92,7 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path} must be a table of variants of format {FORMAT}")
     installed = version("fastshard")
     if content.get("fastshard") != installed:
-        raise ValueError(
+        raise OtherVersion(
             f"{path} must be of fastshard {installed}, whose variants it names, "
             f"got {content.get('fastshard')}"
         )

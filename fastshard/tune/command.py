@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,13 +11,19 @@ import torch
 
 from fastshard.bench.presets import PRESETS, preset
 from fastshard.environment import cache_dir
+from fastshard.files import replace_text
 from fastshard.ops import variants
-from fastshard.ops.variants import Entry, Table, key_shape
-from fastshard.tune import model, recorded, shapes
+from fastshard.ops.variants import Entry, Table
+from fastshard.tune import model, recorded, shapes, table
+from fastshard.tune.compiler import Compiler, CompilingMeasurer, checkout
+from fastshard.tune.confirm import Confirmed, confirm
 from fastshard.tune.measure import GpuMeasurer
+from fastshard.tune.patch import menu_patch
 from fastshard.tune.problem import SIZES, Problem
 from fastshard.tune.recorded import Recorder, Replay, Study
-from fastshard.tune.search import MIN_GAIN, NEAR_LIMIT, Found, Generation, Search, mean_gain
+from fastshard.tune.report import generation_line, summary
+from fastshard.tune.search import Generation, Search, mean_gain
+from fastshard.tune.space import MENU, OPEN
 
 MIN_BUDGET = 5.0
 """Seconds: one generation of one problem and its confirmation take about as long."""
@@ -36,6 +41,8 @@ def run(
     study_path: Path | None = None,
     replays: bool = False,
     output: Path | None = None,
+    patch_path: Path | None = None,
+    source: Path | None = None,
     plot_path: Path | None = None,
     say: Callable[[str], None] = print,
     advance: Callable[[float], None] = lambda share: None,
@@ -52,6 +59,9 @@ def run(
         study_path: Measurements, kept and not made again; by default in the cache folder.
         replays: Measure nothing: play the study back.
         output: The table, merged with what is there; by default the user's, which the kernels use.
+        patch_path: Also compile variants that are not in the menus, and write here a patch that
+            adds those that win; they are never in the table.
+        source: Of the patch, and of what is compiled: a checkout, by default the working directory.
         plot_path: Gain so far over seconds, PNG or SVG.
         say: Is given each line.
         advance: Is given the share of the budget that is spent.
@@ -61,8 +71,9 @@ def run(
         comes after it.
 
     Raises:
-        ValueError: an op, model or strategy is unknown, the budget too small, a file unreadable.
-        RuntimeError: there is no GPU, Optuna or matplotlib.
+        ValueError: an op, model or strategy is unknown, the budget too small, a file unreadable,
+            ``source`` no checkout of this version.
+        RuntimeError: there is no GPU, Optuna or matplotlib; or no nvcc for a patch.
     """
     problems = _problems(model_name, ops, dtype)
     if budget < MIN_BUDGET:
@@ -71,6 +82,10 @@ def run(
         from fastshard.bench import plot
 
         plot.check(plot_path)
+    if patch_path is not None:
+        source = checkout(source or Path.cwd())
+    elif source is not None:
+        raise ValueError("a source is of use only for a patch of the menu, and none is asked for")
     with ExitStack() as stack:
         if replays:
             if study_path is None:
@@ -78,20 +93,21 @@ def run(
             measurer = Replay(recorded.read(study_path))
             figures = model.H200
         else:
-            gpu = stack.enter_context(GpuMeasurer(seed=seed))
-            study_path = study_path or cache_dir() / "studies" / f"{_slug(gpu.device)}.json"
-            measurer = Recorder(gpu, _study_of(study_path, gpu.device), study_path)
+            compiler = patch_path and Compiler(source, cache_dir() / "instances")
+            measurer = _recorder(stack, seed, study_path, compiler)
             figures = model.figures_of(torch.cuda.get_device_capability())
+        is_own = output is None
         output = output or variants.user_tables_dir() / f"{_slug(measurer.device)}.json"
-        old = _table_at(output, measurer.device)
-        chosen = {(e.op, e.dtype, key_shape(e.op, e.shape)): e.variant for e in old.entries}
+        old = table.read(output, measurer.device, is_stale_allowed=is_own)
+        chosen = table.chosen(old)
         search = Search(
             measurer,
             problems,
             strategy=strategy,
             seed=seed,
             figures=figures,
-            known=lambda p: chosen.get((p.op, p.dtype, key_shape(p.op, p.shape))),
+            space=MENU if patch_path is None else OPEN,
+            known=lambda problem: chosen.get(table.key(problem)),
         )
         say(f"{measurer.device}: {len(problems)} problems of {model_name}, {strategy}")
         spent = _Spent(search) if replays else _Clock()
@@ -100,7 +116,7 @@ def run(
         def report(generation: Generation) -> None:
             steps.append((generation.spent, mean_gain(search.found)))
             advance(min(generation.spent / budget, 1.0))
-            say(_generation_line(generation))
+            say(generation_line(generation))
 
         status = 0
         try:
@@ -108,12 +124,20 @@ def run(
         except KeyboardInterrupt:
             say("interrupted: what was found so far is timed once more and kept")
             status = INTERRUPTED
-        confirmed = [_confirm(found, measurer, say) for found in search.found]
-    entries = [entry for entry in confirmed if entry is not None]
-    variants.write_table(output, _merged(old, search.found, entries))
-    for line in _summary(search.found, entries):
+        confirmed: list[Confirmed] = []
+        try:
+            for found in search.found:
+                confirmed.append(confirm(found, measurer, say))
+        except KeyboardInterrupt:
+            say("interrupted: what was timed once more is kept")
+            status = INTERRUPTED
+    entries, additions = ([c[i] for c in confirmed if c[i] is not None] for i in (1, 2))
+    variants.write_table(output, table.merged(old, [each[:2] for each in confirmed]))
+    for line in summary(search.found, entries, additions):
         say(line)
     say(f"{len(entries)} entries written to {output}")
+    if patch_path is not None:
+        _write_patch(patch_path, source, additions, say)
     if plot_path is not None:
         from fastshard.tune import progress_plot
 
@@ -141,10 +165,10 @@ def write_model_table(capability: str, output: Path) -> Table:
                 variant = model.better_norm(problem, figures)
                 if variant is not None:
                     entry = Entry(problem.op, dtype, problem.shape, variant)
-                    entries[entry.op, dtype, key_shape(entry.op, entry.shape)] = entry
-    table = Table(capability, "model", version("fastshard"), tuple(entries.values()))
-    variants.write_table(output, table)
-    return table
+                    entries[table.key(entry)] = entry
+    written = Table(capability, "model", version("fastshard"), tuple(entries.values()))
+    variants.write_table(output, written)
+    return written
 
 
 class _Clock:
@@ -188,6 +212,18 @@ def _problems(model_name: str, ops: Sequence[str] | None, dtype: str) -> list[Pr
     return chosen
 
 
+def _recorder(
+    stack: ExitStack, seed: int, path: Path | None, compiler: Compiler | None
+) -> Recorder:
+    """What measures on this GPU, and keeps that in a study."""
+    library = {} if compiler is None else {"library": compiler.library}
+    gpu = stack.enter_context(GpuMeasurer(seed=seed, **library))
+    # Of this version: another's variants are others.
+    path = path or cache_dir() / "studies" / f"{_slug(gpu.device)}-{version('fastshard')}.json"
+    measurer = gpu if compiler is None else CompilingMeasurer(gpu, compiler)
+    return Recorder(measurer, _study_of(path, gpu.device), path)
+
+
 def _study_of(path: Path, device: str) -> Study:
     if not path.exists():
         return Study(device, version("fastshard"))
@@ -197,74 +233,15 @@ def _study_of(path: Path, device: str) -> Study:
     return study
 
 
-def _table_at(path: Path, device: str) -> Table:
-    """The table that is there, which must be of this device, or an empty one."""
-    if not path.exists():
-        return Table(device, "measured", version("fastshard"), ())
-    table = variants.read_table(path)
-    if table.device != device or table.origin != "measured":
-        raise ValueError(
-            f"{path} must be a measured table of {device}, got a {table.origin} one of "
-            f"{table.device}"
-        )
-    return table
-
-
-def _confirm(found: Found, measurer, say: Callable[[str], None]) -> Entry | None:
-    """The entry of a winner that wins again in a fresh process."""
-    problem, variant = found.problem, found.winner
-    if variant is None:
-        return None
-    again = measurer.confirm(problem, variant)
-    if again.ratio > 1 - MIN_GAIN:
-        why = again.reason or f"{again.ratio:.3f} of auto's time"
-        say(f"{problem}: {variant} was not confirmed: {why}")
-        found.measured[variant] = replace(again, us=None, reason=f"not confirmed: {why}")
-        return None
-    return Entry(problem.op, problem.dtype, problem.shape, variant)
-
-
-def _merged(old: Table, founds: Sequence[Found], entries: Sequence[Entry]) -> Table:
-    """The old entries of other problems, and the new ones."""
-    searched = {(f.problem.op, f.problem.dtype, _key(f.problem)) for f in founds if f.measured}
-    kept = [e for e in old.entries if (e.op, e.dtype, _key(e)) not in searched]
-    return replace(old, entries=(*kept, *entries))
-
-
-def _key(of: Problem | Entry) -> tuple[int, ...]:
-    return key_shape(of.op, of.shape)
-
-
-def _generation_line(generation: Generation) -> str:
-    found = generation.found
-    name, ratio = found.best
-    measured = len(found.measured)
-    return (
-        f"{generation.spent:7.1f} s  generation {generation.number:<2} "
-        f"{found.problem!s:<52} {generation.new} new of {measured}, "
-        f"{len(found.left_out)} left out, best {name} {1 / ratio:.3f}x"
-    )
-
-
-def _summary(founds: Sequence[Found], entries: Sequence[Entry]) -> list[str]:
-    lines = []
-    for entry in entries:
-        found = next(
-            f for f in founds if _key(f.problem) == _key(entry) and f.problem.op == entry.op
-        )
-        best = found.measured[entry.variant]
-        lines.append(
-            f"{found.problem!s:<52} {entry.variant:<14} {best.us:9.2f} us, "
-            f"auto {best.auto_us:9.2f} us, {best.auto_us / best.us:.3f}x"
-        )
-    tried = [found for found in founds if found.measured]
-    far = [found for found in tried if not found.is_near_limit]
-    lines.append(
-        f"geometric mean of auto / best: {mean_gain(tried):.4f} of {len(tried)} problems, "
-        f"{mean_gain(far):.4f} of the {len(far)} that are not within "
-        f"{100 * (NEAR_LIMIT - 1):.0f} % of the device's limit"
-    )
-    return lines
+def _write_patch(
+    path: Path, source: Path, additions: Sequence[Entry], say: Callable[[str], None]
+) -> None:
+    text = menu_patch(source, [(entry.op, entry.variant) for entry in additions])
+    if text == "":
+        say(f"no variant to add to the menus: {path} is not written")
+        return
+    replace_text(path, text)
+    say(f"patch of the menus written to {path}: git apply it in {source}, build, and tune again")
 
 
 def _slug(device: str) -> str:

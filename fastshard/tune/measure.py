@@ -6,8 +6,9 @@ is an error of measuring; what it prepares for each new shape must pay.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,8 @@ TIMEOUT = 120.0  # seconds; the first answer waits for what the driver compiles
 LIMIT_NOISE = 0.05  # that a time may lie below the measured limit
 PREPARATION_US = 2000.0  # per new shape, that is not asked about
 PAYING_CALLS = 64  # in which more must be won back: one prompt of the largest presets
+
+Library = Callable[[Problem, str], Path | None]
 
 
 @dataclass
@@ -73,6 +76,7 @@ class GpuMeasurer:
         seed: Of the inputs; every request gets others.
         timeout: Seconds without a sign of life after which a variant counts as hanging.
         target: The function that the process answers by.
+        library: Where a variant that is not in the menu is compiled; None for others.
 
     Raises:
         RuntimeError: there is no GPU, or none that this build serves.
@@ -84,6 +88,7 @@ class GpuMeasurer:
         seed: int = 0,
         timeout: float = TIMEOUT,
         target: str = "fastshard.tune.observe:observe",
+        library: Library = lambda problem, variant: None,
     ):
         if not torch.cuda.is_available():
             raise RuntimeError(
@@ -93,7 +98,7 @@ class GpuMeasurer:
         device = torch.device("cuda", torch.cuda.current_device())
         check_device(device)
         self.device = torch.cuda.get_device_name(device)
-        self._asker = Asker(target, seed=seed, timeout=timeout)
+        self._asker = Asker(target, seed=seed, timeout=timeout, library=library)
 
     def __call__(self, problem: Problem, variants: Sequence[str]) -> list[Measurement]:
         return self._asker(problem, variants)
@@ -117,6 +122,7 @@ class Asker:
         seed: Of the inputs.
         timeout: Of ``Worker``.
         environment: Of ``Worker``.
+        library: As ``GpuMeasurer`` takes it.
     """
 
     def __init__(
@@ -126,10 +132,12 @@ class Asker:
         seed: int,
         timeout: float,
         environment: dict[str, str] | None = None,
+        library: Library = lambda problem, variant: None,
     ):
         settings = {"timeout": timeout, "environment": environment}
         self._worker, self._fresh = Worker(target, **settings), Worker(target, **settings)
         self._is_confirming = False
+        self._library = library
         self._seed = seed * 1_000_003
 
     def __call__(self, problem: Problem, variants: Sequence[str]) -> list[Measurement]:
@@ -182,12 +190,14 @@ class Asker:
         """Fill ``seen``; returns at whom the process failed, and how."""
         self._seed += 10
         running = AUTO
+        libraries = {name: self._library(problem, name) for name in variants}
         request = {
             "op": problem.op,
             "dtype": problem.dtype,
             "shape": problem.shape,
             "variants": list(variants),
             "seed": self._seed,
+            "libraries": {name: str(path) for name, path in libraries.items() if path is not None},
         }
         try:
             for message in worker.ask(request):

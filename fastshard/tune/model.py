@@ -8,8 +8,9 @@ the device that is busy, and of the last wave, which may be nearly empty.
 from dataclasses import dataclass
 from math import ceil, inf
 
-from fastshard.tune import space
+from fastshard.tune import menu, space
 from fastshard.tune.problem import AUTO, Problem
+from fastshard.tune.tile import Tile, tile_named
 
 PRUNE = 3.0
 """Modelled above so many times the best one, a variant is not measured."""
@@ -86,13 +87,23 @@ def _norm(sizes: dict[str, int], variant: str, device: Figures) -> float:
     return device.launch_us + row_us + 2 * rows * row_bytes / rate
 
 
-def _product_us(rows: int, columns: int, depth: int, tile: str, device: Figures) -> float:
-    tile_rows, tile_columns = map(int, tile.split("x"))
-    tiles = ceil(rows / tile_rows) * ceil(columns / tile_columns)
+def _product_us(rows: int, columns: int, depth: int, tile: Tile, device: Figures) -> float:
+    tiles = ceil(rows / tile.rows) * ceil(columns / tile.columns)
     waves = ceil(tiles / device.multiprocessors)
-    of_wave = 2 * tile_rows * tile_columns * depth * device.multiprocessors
+    of_wave = 2 * tile.rows * tile.columns * depth * device.multiprocessors
     num_bytes = 2 * (rows * depth + columns * depth + rows * columns)
-    return device.launch_us + _busy_us(num_bytes, waves * of_wave / 0.8, device)
+    us = _busy_us(num_bytes, waves * of_wave / _tile_share(tile), device)
+    return device.launch_us + us
+
+
+def _tile_share(tile: Tile) -> float:
+    """Of the device's rate: warps of 64 x 64 sums reach 0.8 of it, smaller ones read more.
+
+    For 16 values of k a warp reads 32 bytes a row and column of its sums, at 128 bytes a clock, and
+    computes 32 FLOPs a sum, at some 1024 a clock.
+    """
+    reads = 8 * (1 / tile.warp_rows + 1 / tile.warp_columns)  # over the products, in clocks
+    return 0.8 * 1.25 / (1 + reads)
 
 
 def _fused_mlp(sizes: dict[str, int], variant: str, device: Figures) -> float:
@@ -102,11 +113,11 @@ def _fused_mlp(sizes: dict[str, int], variant: str, device: Figures) -> float:
         num_bytes = 6 * hidden * intermediate + 10 * rows * intermediate
         share = device.library_tflops / device.tflops
         return 3 * device.launch_us + _busy_us(num_bytes, flops / share / 0.8, device)
-    names = space.TILES if variant == "tiles" else (variant.removeprefix("tiles_"),)
+    names = menu.TILES if variant == "tiles" else (variant.removeprefix("tiles_"),)
     return min(
-        _product_us(rows, 2 * intermediate, hidden, name, device)
-        + _product_us(rows, hidden, intermediate, name, device)
-        for name in names
+        _product_us(rows, 2 * intermediate, hidden, tile, device)
+        + _product_us(rows, hidden, intermediate, tile, device)
+        for tile in map(tile_named, names)
     )
 
 
@@ -145,7 +156,7 @@ def _attention(sizes: dict[str, int], variant: str, device: Figures) -> float:
 
 
 _MODELS = {
-    **dict.fromkeys(space.NORMS, _norm),
+    **dict.fromkeys(menu.NORMS, _norm),
     "fused_mlp": _fused_mlp,
     "linear": _linear,
     **dict.fromkeys(space.ATTENTIONS, _attention),
@@ -155,17 +166,19 @@ _MODELS = {
 def better_norm(problem: Problem, device: Figures, gain: float = 0.02) -> str | None:
     """A norm's variant that is clearly better than the heuristic's on paper; None for other ops.
 
-    The heuristic takes the first of the menu that holds a row (csrc/norm/row.cuh).
+    The heuristic takes the first of the menu that holds a row (csrc/norm/row.h).
     """
-    if problem.op not in space.NORMS:
+    if problem.op not in menu.NORMS:
         return None
     row_bytes = problem.sizes()["hidden_size"] * 2
     held = {
-        name: 16 * int(name.split("x")[0]) * int(name.split("x")[1]) for name in space.ROW_CONFIGS
+        name: 16 * int(name.split("x")[0]) * int(name.split("x")[1]) for name in menu.ROW_CONFIGS
     }
-    heuristic = next((name for name in space.ROW_CONFIGS if held[name] >= row_bytes), None)
+    heuristic = next((name for name in menu.ROW_CONFIGS if held[name] >= row_bytes), None)
     if heuristic is None:
         return None
-    times = {name: modelled_us(problem, name, device) for name in space.legal_variants(problem)}
+    times = {
+        name: modelled_us(problem, name, device) for name in space.MENU.legal_variants(problem)
+    }
     best = min(times, key=times.get)
     return best if times[best] < (1 - gain) * modelled_us(problem, heuristic, device) else None

@@ -9,13 +9,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from fastshard.bench.limits import Limits
 from fastshard.bench.timing import GraphRun, Stopwatch, cold_sets, relative_error
 from fastshard.ops.variants import COUNTS, key_shape, use_tables
-from fastshard.tune import inputs
+from fastshard.tune import inputs, instances
 from fastshard.tune.problem import AUTO, Problem
 
 Message = dict
@@ -25,7 +26,7 @@ LARGE_READ = 2**30  # bytes, of which the device reads at its best rate
 
 
 def observe(request: Message) -> Iterator[Message]:
-    """Answer ``{op, dtype, shape, variants, seed}``.
+    """Answer ``{op, dtype, shape, variants, seed, libraries}``, the last by variant.
 
     Yields:
         ``{begins: variant}`` before a variant runs; for each ``{variant, errors, preparation_us}``
@@ -44,11 +45,14 @@ def observe(request: Message) -> Iterator[Message]:
         for name in list(checked):
             yield {"begins": name}
             try:
+                if name in request["libraries"]:
+                    library = Path(request["libraries"][name])
+                    instances.load(problem.op, problem.dtype, name, library)
                 seconds = [_seconds(made, name) for _ in range(3 if number == 0 else 2)]
                 poison(device)
-                outputs[name] = made.sample(made.call(0, name)).double()
+                outputs[name] = sampled(made, made.call(0, name))
                 torch.cuda.synchronize()
-            except RuntimeError as error:  # a variant may fail in any way: that is an answer too
+            except (RuntimeError, OSError) as error:  # any failure of a variant is an answer
                 text = " ".join(str(error).split())[:200]
                 yield {"variant": name, "failure": text}
                 if "CUDA error" in text:
@@ -105,6 +109,14 @@ def poison(device: torch.device) -> None:
     filled = [torch.full((POISON_BYTES // 4,), -1, dtype=torch.int32, device=device)]
     filled += [torch.full((2**17,), -1, dtype=torch.int32, device=device) for _ in range(16)]
     del filled
+
+
+def sampled(made: inputs.Inputs, outputs: inputs.Outputs) -> torch.Tensor:
+    """The sample of the outputs in float64: NaN where any of them is, sampled or not."""
+    each = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    is_finite = all(out.isfinite().all() for out in each)
+    sample = made.sample(outputs).double()
+    return sample if is_finite else torch.full_like(sample, math.nan)
 
 
 def _seconds(made: inputs.Inputs, variant: str) -> float:

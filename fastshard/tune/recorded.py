@@ -4,12 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 
 from fastshard.files import replace_text
 from fastshard.tune.problem import SIZES, Measurement, Measurer, Problem, rejected
 
 FORMAT = 1
+UNKNOWN = "not in the study"
+"""Why what was never measured may not be chosen."""
 
 _Key = tuple[Problem, str, bool]  # the last: whether it was a confirmation
 
@@ -79,18 +82,37 @@ def read(path: Path) -> Study:
             raise ValueError(f"its format is {content['format']}, not {FORMAT}")
         if content["fastshard"] != installed:
             raise ValueError(f"it is of fastshard {content['fastshard']}, not {installed}")
+        if not isinstance(content["device"], str):
+            raise ValueError(f"its device is {content['device']}, no name")
         study = Study(content["device"], installed)
         for entry in content["measurements"]:
             entry["shape"] = tuple(entry["shape"])
             problem = Problem(*(entry.pop(name) for name in ("op", "dtype", "shape")))
-            if problem.op not in SIZES or len(problem.shape) != len(SIZES[problem.op]):
+            if not _is_problem(problem):
                 raise ValueError(f"{problem} is no problem")
             key = {"variant": entry.pop("variant"), "is_confirmed": entry.pop("is_confirmed")}
-            study.keep(problem, measurement=Measurement(**entry), **key)
+            found = Measurement(**entry)
+            if not _is_measured(found):
+                raise ValueError(f"{problem} {key['variant']} has neither times nor a reason")
+            study.keep(problem, measurement=found, **key)
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
         raise ValueError(f"{path} must be a study of fastshard tune: {reason}") from None
     return study
+
+
+def _is_problem(problem: Problem) -> bool:
+    sizes = SIZES.get(problem.op, ())
+    are_sizes = all(type(size) is int and size > 0 for size in problem.shape)
+    return len(sizes) == len(problem.shape) > 0 and are_sizes and isinstance(problem.dtype, str)
+
+
+def _is_measured(found: Measurement) -> bool:
+    """Whether a search can go on with it."""
+    times = (found.us, found.p20, found.p80, found.auto_us, found.limit_us)
+    is_timed = all(isinstance(us, int | float) and 0 < us < inf for us in times)
+    is_rejected = found.us is None and isinstance(found.reason, str)
+    return (is_timed or is_rejected) and isinstance(found.seconds, int | float)
 
 
 class Replay:
@@ -110,7 +132,7 @@ class Replay:
     def _found(self, problem: Problem, variant: str, *, is_confirmed: bool) -> Measurement:
         found = self._study.get(problem, variant, is_confirmed=is_confirmed)
         found = found or self._study.get(problem, variant)
-        return found or rejected("not in the study", 0.0)
+        return found or rejected(UNKNOWN, 0.0)
 
 
 class Recorder:

@@ -6,12 +6,13 @@ the best on paper; what costs too much on paper is left out; a problem within ``
 the device can do is left alone. ``random`` draws legal variants evenly, ``all`` takes every one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import exp, fsum, inf, log
 
-from fastshard.tune import model, space
+from fastshard.tune import menu, model
 from fastshard.tune.problem import AUTO, Measurement, Measurer, Problem
+from fastshard.tune.space import MENU, Space
 
 STRATEGIES = ("evolve", "random", "all")
 POPULATION = 6
@@ -39,15 +40,29 @@ class Found:
     @property
     def best(self) -> tuple[str, float]:
         """The fastest variant and its time over that of ``AUTO``, which is the first."""
-        ratios = {AUTO: 1.0, **{name: found.ratio for name, found in self.measured.items()}}
-        name = min(ratios, key=ratios.get)
-        return name, ratios[name]
+        return self._best_of(self.measured)
+
+    @property
+    def best_of_menu(self) -> tuple[str, float]:
+        """The same of what the wheel has."""
+        return self._best_of(name for name in self.measured if menu.has(self.problem.op, name))
 
     @property
     def winner(self) -> str | None:
-        """The variant for the table; None where ``AUTO`` stays."""
-        name, ratio = self.best
+        """The variant for the table, one of the menu; None where ``AUTO`` stays."""
+        name, ratio = self.best_of_menu
         return name if ratio <= 1 - MIN_GAIN else None
+
+    @property
+    def addition(self) -> str | None:
+        """The variant that the menu should have: faster than all that it has; None for none."""
+        name, ratio = self.best
+        return name if ratio <= self.best_of_menu[1] * (1 - MIN_GAIN) else None
+
+    def _best_of(self, names: Iterable[str]) -> tuple[str, float]:
+        ratios = {AUTO: 1.0, **{name: self.measured[name].ratio for name in names}}
+        name = min(ratios, key=ratios.get)
+        return name, ratios[name]
 
     @property
     def is_near_limit(self) -> bool:
@@ -80,6 +95,7 @@ class Search:
         strategy: Of ``STRATEGIES``.
         seed: The same seed and measurements choose the same.
         figures: Of the device, on paper.
+        space: What can be chosen.
         known: What a table has for a problem, or None.
 
     Raises:
@@ -94,6 +110,7 @@ class Search:
         strategy: str = "evolve",
         seed: int = 0,
         figures: model.Figures = model.H200,
+        space: Space = MENU,
         known: Callable[[Problem], str | None] = lambda problem: None,
     ):
         if strategy not in STRATEGIES:
@@ -101,7 +118,7 @@ class Search:
         self._measurer, self._strategy = measurer, strategy
         self.found = [Found(problem) for problem in problems]
         self._species = [
-            _Species(found, strategy, seed + number, figures, known(found.problem))
+            _Species(found, strategy, seed + number, figures, space, known(found.problem))
             for number, found in enumerate(self.found)
         ]
 
@@ -143,9 +160,15 @@ class _Species:
     """The candidates of one problem."""
 
     def __init__(
-        self, found: Found, strategy: str, seed: int, figures: model.Figures, known: str | None
+        self,
+        found: Found,
+        strategy: str,
+        seed: int,
+        figures: model.Figures,
+        space: Space,
+        known: str | None,
     ):
-        self.found, self._strategy = found, strategy
+        self.found, self._strategy, self._space = found, strategy, space
         problem = found.problem
         self._legal = space.legal_variants(problem)
         self._queue: list[str] = []
@@ -193,18 +216,19 @@ class _Species:
             if self._is_new(variant, batch):
                 batch.append(variant)
                 if self._strategy != "all":
-                    self._study.enqueue_trial(space.genes_of(self.found.problem, variant))
+                    self._study.enqueue_trial(self._space.genes_of(self.found.problem, variant))
         if self._strategy == "all":
             return batch, trials
         for _ in range(_ASKS * POPULATION):
-            if len(batch) == POPULATION and len(trials) >= POPULATION:
+            is_full = len(batch) == POPULATION and len(trials) >= POPULATION
+            if is_full or not any(self._is_new(name, batch) for name in self._legal):
                 break
             trial = self._study.ask()
             genes = {
                 name: trial.suggest_categorical(name, choices)
-                for name, choices in space.GENES[self.found.problem.op].items()
+                for name, choices in self._space.genes[self.found.problem.op].items()
             }
-            found = space.candidate(self.found.problem, genes)
+            found = self._space.candidate(self.found.problem, genes)
             variant = found.variant
             if found.why_illegal is not None:
                 if variant not in self._legal:  # other genes may spell it too

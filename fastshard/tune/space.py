@@ -1,42 +1,56 @@
 """The variants of each op: how they are spelled, and which are legal for a problem.
 
 A variant is a choice for each gene of its op. What a kernel would refuse, and what is another
-variant under a second name, is illegal, with a reason. The menus are those of csrc.
+variant under a second name, is illegal, with a reason. ``MENU`` holds what csrc compiles into the
+wheel, ``OPEN`` also what ``fastshard tune --patch`` compiles by itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from fastshard.tune.menu import NORMS, ROW_CONFIGS, TILES
 from fastshard.tune.problem import AUTO, Problem
+from fastshard.tune.tile import MAX_REGISTERS, MAX_THREADS, REGISTERS, Tile, name_of
 
 Genes = dict[str, str | int]
 
-NORMS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
 ATTENTIONS = ("attention", "cached_attention")
 
-# Threads of a row and vectors of a thread: RowConfigs in csrc/norm/row.cuh.
-ROW_CONFIGS = ("16x1", "32x1", "64x2", "128x2", "256x2", "128x4", "512x1", "256x4", "512x4")
-ROW_CONFIGS += ("1024x2", "1024x4")
-TILES = ("128x256", "128x128", "64x128")  # csrc/gemm/choose_tile.h
 STREAMED_ROWS = 16  # csrc/gemv, csrc/mlp/fused_mlp.h
 DECODE_ROWS = 16  # csrc/attention/decode_attention.h, as the next
 DECODE_HEAD_DIMS = (64, 96, 128)
 KEYS_OF_A_TILE = 16  # the fewest of any kernel: more splits than such tiles leave some empty
 _SPLITS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
-_NORM_GENES = {"threads": (16, 32, 64, 128, 256, 512, 1024), "vecs": (1, 2, 4)}
 _ATTENTION_GENES = {
     "kernel": (AUTO, "library", "decode", "few", "small", "prefill"),
     "splits": _SPLITS,
 }
-GENES: dict[str, dict[str, tuple[str | int, ...]]] = {
+"""Splits of 0: as many as the heuristic takes."""
+_NORM_GENES = {
+    gene: tuple(sorted({int(name.split("x")[at]) for name in ROW_CONFIGS}))
+    for at, gene in enumerate(("threads", "vecs"))
+}
+_GENES = {
     **dict.fromkeys(NORMS, _NORM_GENES),
     "fused_mlp": {"path": (AUTO, "library", "tiles"), "tile": (AUTO, *TILES)},
     "linear": {"path": (AUTO, "library")},
     **dict.fromkeys(ATTENTIONS, _ATTENTION_GENES),
 }
-"""The genes of each op and what each can be; splits of 0: as many as the heuristic takes."""
+_OPEN_NORM_GENES = {
+    "threads": (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 1024),
+    "vecs": tuple(range(1, 9)),
+}
+_OPEN_MLP_GENES = {
+    "path": (AUTO, "library", "tiles", "tile"),
+    "row_warps": (1, 2, 4),
+    "column_warps": (1, 2, 4),
+    "warp_rows": (16, 32, 64),
+    "warp_columns": (32, 64, 96),
+    "depth": (32, 64),
+    "stages": (2, 3, 4, 5, 6),
+}
 
 
 @dataclass(frozen=True)
@@ -54,42 +68,71 @@ class Candidate:
     why_illegal: str | None
 
 
-def candidate(problem: Problem, genes: Genes) -> Candidate:
-    """Spell the genes out and judge them."""
-    return Candidate(genes, *_RULES[problem.op](problem.sizes(), genes))
+_Rule = Callable[[dict[str, int], Genes], tuple[str, str | None]]
 
 
-def candidates(problem: Problem) -> Iterator[Candidate]:
-    """Every combination of genes, legal or not."""
-    names = GENES[problem.op]
-    for choices in product(*names.values()):
-        yield candidate(problem, dict(zip(names, choices, strict=True)))
+@dataclass(frozen=True)
+class Space:
+    """What can be chosen.
 
+    Attributes:
+        genes: Of each op, and what each can be.
+        rules: By op: the variant of sizes and genes, and why it is illegal.
+    """
 
-def legal_variants(problem: Problem) -> list[str]:
-    """All that may be measured, ``AUTO`` not among them."""
-    legal = (each.variant for each in candidates(problem) if each.why_illegal is None)
-    return [variant for variant in dict.fromkeys(legal) if variant != AUTO]
+    genes: dict[str, dict[str, tuple[str | int, ...]]]
+    rules: dict[str, _Rule]
 
+    def candidate(self, problem: Problem, genes: Genes) -> Candidate:
+        """Spell the genes out and judge them."""
+        return Candidate(genes, *self.rules[problem.op](problem.sizes(), genes))
 
-def genes_of(problem: Problem, variant: str) -> Genes | None:
-    """The genes that spell a legal variant; None where there are none."""
-    for each in candidates(problem):
-        if each.variant == variant and each.why_illegal is None:
-            return each.genes
-    return None
+    def candidates(self, problem: Problem) -> Iterator[Candidate]:
+        """Every combination of genes, legal or not."""
+        names = self.genes[problem.op]
+        for choices in product(*names.values()):
+            yield self.candidate(problem, dict(zip(names, choices, strict=True)))
+
+    def legal_variants(self, problem: Problem) -> list[str]:
+        """All that may be measured, ``AUTO`` not among them."""
+        legal = (each.variant for each in self.candidates(problem) if each.why_illegal is None)
+        return [variant for variant in dict.fromkeys(legal) if variant != AUTO]
+
+    def genes_of(self, problem: Problem, variant: str) -> Genes | None:
+        """The genes that spell a legal variant; None where there are none."""
+        for each in self.candidates(problem):
+            if each.variant == variant and each.why_illegal is None:
+                return each.genes
+        return None
 
 
 def _norm(sizes: dict[str, int], genes: Genes) -> tuple[str, str | None]:
     variant = f"{genes['threads']}x{genes['vecs']}"
-    row_bytes, held = sizes["hidden_size"] * 2, genes["threads"] * genes["vecs"] * 16
     if variant not in ROW_CONFIGS:
         return variant, "not compiled"
+    return variant, _why_row_does_not_fit(sizes, genes)
+
+
+def _open_norm(sizes: dict[str, int], genes: Genes) -> tuple[str, str | None]:
+    threads, vecs = genes["threads"], genes["vecs"]
+    variant = f"{threads}x{vecs}"
+    if variant not in ROW_CONFIGS:
+        if threads > MAX_THREADS:
+            return variant, f"{threads} threads, at most {MAX_THREADS} outside the menu"
+        # Of each vector: x, residual or sum, weight and bias, in 4 registers each, and the rest.
+        registers, most = 16 * vecs + 24, min(MAX_REGISTERS, REGISTERS // threads)
+        if registers > most:
+            return variant, f"about {registers} registers a thread, at most {most}"
+    return variant, _why_row_does_not_fit(sizes, genes)
+
+
+def _why_row_does_not_fit(sizes: dict[str, int], genes: Genes) -> str | None:
+    row_bytes, held = sizes["hidden_size"] * 2, genes["threads"] * genes["vecs"] * 16
     if row_bytes > held:
-        return variant, f"holds {held} bytes of a row of {row_bytes}"
+        return f"holds {held} bytes of a row of {row_bytes}"
     if row_bytes * 4 < held:
-        return variant, f"has room for {held} bytes, four times a row of {row_bytes}"
-    return variant, None
+        return f"has room for {held} bytes, four times a row of {row_bytes}"
+    return None
 
 
 def _fused_mlp(sizes: dict[str, int], genes: Genes) -> tuple[str, str | None]:
@@ -98,6 +141,14 @@ def _fused_mlp(sizes: dict[str, int], genes: Genes) -> tuple[str, str | None]:
     if path != "tiles" and tile != AUTO:
         return variant, f"{path} has no tiles to choose"
     return variant, None
+
+
+def _open_mlp(sizes: dict[str, int], genes: Genes) -> tuple[str, str | None]:
+    path, *numbers = genes.values()
+    if path != "tile":
+        return path, None
+    tile = Tile(*numbers)
+    return f"tiles_{name_of(tile)}", tile.why_illegal()
 
 
 def _linear(sizes: dict[str, int], genes: Genes) -> tuple[str, str | None]:
@@ -129,10 +180,16 @@ def _cached_attention(sizes: dict[str, int], genes: Genes) -> tuple[str, str | N
     return _attention(sizes, genes)
 
 
-_RULES = {
+_RULES: dict[str, _Rule] = {
     **dict.fromkeys(NORMS, _norm),
     "fused_mlp": _fused_mlp,
     "linear": _linear,
     "attention": _attention,
     "cached_attention": _cached_attention,
 }
+
+MENU = Space(_GENES, _RULES)
+OPEN = Space(
+    {**_GENES, **dict.fromkeys(NORMS, _OPEN_NORM_GENES), "fused_mlp": _OPEN_MLP_GENES},
+    {**_RULES, **dict.fromkeys(NORMS, _open_norm), "fused_mlp": _open_mlp},
+)

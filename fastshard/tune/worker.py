@@ -14,7 +14,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 
-_DONE = {"done": True}
+START_TIMEOUT = 120.0
+"""Seconds in which the process starts: it imports PyTorch."""
+END_TIMEOUT = 10.0
+"""Seconds in which it ends, after its last message or when killed."""
+
+_READY, _DONE = {"ready": True}, {"done": True}
 
 
 class WorkerFailed(Exception):
@@ -26,7 +31,7 @@ class Worker:
 
     Args:
         target: ``module:function`` of (request) -> iterator of messages.
-        timeout: Seconds without a message after which the process is killed.
+        timeout: Seconds without a message after which the process, once started, is killed.
         environment: Of the process; by default this one's.
     """
 
@@ -42,10 +47,10 @@ class Worker:
         """
         if self._process is not None and self._process.poll() is not None:
             self._end()  # between two requests, which is the fault of neither
-        if self._process is None:
-            self._start()
         is_answered = False
         try:
+            if self._process is None:
+                self._start()
             yield from self._answer(request)
             is_answered = True
         finally:
@@ -58,18 +63,18 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise WorkerFailed(self._end()) from None
-        while True:
-            try:
-                line = self._lines.get(timeout=self._timeout)
-            except queue.Empty:
-                self.close()
-                raise WorkerFailed(f"no answer for {self._timeout:g} s: killed") from None
-            if line is None:
-                raise WorkerFailed(self._end())
-            message = json.loads(line)
-            if message == _DONE:
-                return
+        while (message := self._next(self._timeout)) != _DONE:
             yield message
+
+    def _next(self, timeout: float) -> dict:
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            self.close()
+            raise WorkerFailed(f"no answer for {timeout:g} s: killed") from None
+        if line is None:
+            raise WorkerFailed(self._end())
+        return json.loads(line)
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -96,6 +101,7 @@ class Worker:
         ]
         for reader in self._readers:
             reader.start()
+        self._next(START_TIMEOUT)  # _READY
 
     def _read_lines(self, process: subprocess.Popen) -> None:
         lines = self._lines
@@ -110,7 +116,7 @@ class Worker:
 
     def _end(self) -> str:
         """Wait for the process, which is ending; returns why."""
-        status = self._process.wait()
+        status = self._status()
         for reader in self._readers:  # who else holds the pipes is not waited for
             reader.join(timeout=1)
         with suppress(BrokenPipeError):  # of a request that was not taken
@@ -120,12 +126,21 @@ class Worker:
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         return f"the process ended {how}" + (f": {last}" if last else "")
 
+    def _status(self) -> int:
+        """Of the process, which is killed where it does not end by itself."""
+        try:
+            return self._process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
 
 def _serve(target: str) -> None:
     module, function = target.split(":")
     answer = getattr(import_module(module), function)
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no message
+    print(json.dumps(_READY), file=channel, flush=True)
     for line in sys.stdin:
         for message in answer(json.loads(line)):
             print(json.dumps(message), file=channel, flush=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastshard import cli
-from fastshard.bench import case, command, presets
+from fastshard.bench import arguments, case, command, presets
 from fastshard.bench.case import MODES, PEERS, Bench, Case, Problem, Settings, Unavailable, Variant
 from fastshard.bench.report import Line, Skipped
 from fastshard.bench.timing import Timing
@@ -118,9 +118,9 @@ def test_defaults(monkeypatch):
 
 
 def test_the_parser_knows_what_there_is():
-    assert cli._BENCHMARKS == command.NAMES
-    assert cli._DECODE_MODES == MODES
-    assert cli._PEERS == PEERS
+    assert arguments.BENCHMARKS == command.NAMES
+    assert arguments.DECODE_MODES == MODES
+    assert arguments.PEERS == PEERS
 
 
 def shapes(name: str, **settings) -> list[str]:
@@ -335,7 +335,10 @@ SDPA = {"fastshard", "sdpa flash", "sdpa math"}
         (
             "decode",
             4,
-            {"": {"fastshard persistent", "fastshard eager"} | TORCHTUNE - {"fastshard"}},
+            {
+                "": {"fastshard persistent", "fastshard eager", "fastshard torchtune"}
+                | {"fastshard torchtune graph", "torch eager", "torchtune"}
+            },
         ),
     ],
 )

@@ -43,8 +43,11 @@ def model(request):
     return random_model(config, 3, 30, CPU, torch.float32).model
 
 
-def test_a_step_over_the_models_keys(model):
-    decoder = TorchtuneDecoder(model, 2, SLOTS)
+@pytest.mark.parametrize("is_accelerated", [False, True])
+def test_a_step_over_the_models_keys(model, is_accelerated):
+    decoder = TorchtuneDecoder(model, 2, SLOTS, is_accelerated=is_accelerated)
+    layer = type(decoder._decoder.layers[0]).__module__.partition(".")[0]
+    assert layer == ("fastshard" if is_accelerated else "torchtune")
     tokens = torch.tensor([5, 70])
     golden = PlainDecoder(model, 2, SLOTS).golden(tokens, torch.tensor([SLOTS - 1]))
     for _ in range(3):  # at the same slot each time
@@ -54,8 +57,9 @@ def test_a_step_over_the_models_keys(model):
     assert relative_error(decoder.step(tokens.flip(0)), golden) > 0.1
 
 
-def test_a_prefill(model):
-    decoder = TorchtuneDecoder(model, 2, SLOTS)
+@pytest.mark.parametrize("is_accelerated", [False, True])
+def test_a_prefill(model, is_accelerated):
+    decoder = TorchtuneDecoder(model, 2, SLOTS, is_accelerated=is_accelerated)
     tokens = torch.randint(96, (2, SLOTS))
     golden = PlainPrefill(PlainDecoder(model, 2, SLOTS)).golden(tokens)
     for _ in range(2):  # from the first slot each time
@@ -66,6 +70,22 @@ def test_a_prefill(model):
         layer.v_cache.copy_(theirs.attn.kv_cache.v_cache)
     step = last.golden(tokens[:, -1], torch.tensor([SLOTS - 1]))
     assert relative_error(step, golden) < 1e-5  # so the caches hold the prompt
+
+
+def test_a_captured_step_goes_through_the_adapters(model, monkeypatch):
+    from fastshard.integrations.torchtune import captured
+
+    keys = []
+    key_of = captured._key
+    monkeypatch.setattr(captured, "is_gpu", lambda device: True)
+    monkeypatch.setattr(captured, "_key", lambda *a: keys.append(key_of(*a)))
+    decoder = TorchtuneDecoder(model, 2, SLOTS, is_accelerated=True, is_captured=True)
+    tokens = torch.tensor([5, 70])
+    golden = PlainDecoder(model, 2, SLOTS).golden(tokens, torch.tensor([SLOTS - 1]))
+    for _ in range(2):
+        assert relative_error(decoder.step(tokens), golden) < 1e-5
+    assert keys[0] == keys[1]  # so the second step would be captured
+    assert keys[0] is not None
 
 
 def test_weights_are_shared_and_the_models_caches_kept(model):

@@ -66,7 +66,7 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(modes, "is_gpu", lambda device: True)
     monkeypatch.setattr(static, "is_gpu", lambda device: True)
-    monkeypatch.setattr(static, "_capture", capture)
+    monkeypatch.setattr(static, "capture", capture)
     monkeypatch.setattr(inputs, "_check_range", lambda *arguments: None)  # it reads CPU tensors
     return made
 

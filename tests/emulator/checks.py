@@ -171,6 +171,26 @@ def attention():
     )
 
 
+@check("attention/attention_64.cu")
+def attention_rope():
+    """Two tiles of queries, the last ragged; rotated whole and in part, in both kinds of pairs."""
+    q = torch.randn(2, 75, 4, 64, dtype=torch.float16)
+    k, v = torch.randn(2, 2, 40, 2, 64, dtype=torch.float16)
+    angles = 7 * torch.rand(90, 32)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    tables = {num_pairs: fenced(table[:, :num_pairs]) for num_pairs in (32, 24)}
+    positions = fenced(torch.randint(90, (2 * 150 - 1,))).as_strided((2, 75), (150, 2))
+    positions[:, 3], positions[:, 70] = -1, 90
+    inside = [i for i in range(75) if i not in (3, 70)]
+
+    def call(interleaved: bool, num_pairs: int) -> tuple[Tensor, Tensor]:
+        rope = {"rope_table": tables[num_pairs], "rope_positions": positions}
+        out = ops.attention(q, k, v, softmax_scale=1.0, **rope, rope_interleaved=interleaved)
+        return out[:, inside], out[:, [3, 70]].isnan()
+
+    return lambda: (*call(False, 32), *call(False, 24), *call(True, 32), *call(True, 24))
+
+
 @check("attention/decode_attention.cu")
 def decode_attention():
     """Keys split over blocks, the last tile ragged, NaN in the cache; several tiles a warp."""

@@ -89,6 +89,14 @@ def variants(table: str) -> Iterator[None]:
         functions.fastshard_emulator_use_variants(b"")
 
 
+def add_instance(op: str, dtype: str, variant: str, params_bytes: int, address: int) -> None:
+    """Add a variant to the emulated kernels, as csrc/ops/instances.h takes it."""
+    (functions,) = _functions
+    add = functions.fastshard_emulator_add_instance
+    add.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_size_t, ctypes.c_void_p]
+    add(op.encode(), dtype.encode(), variant.encode(), params_bytes, address)
+
+
 @contextmanager
 def emulated(
     kernels: dict[str, Callable], missing: Callable[[str], None]

@@ -54,7 +54,8 @@ def golden(
     if attn.pos_embeddings is not None:
         half = attn.head_dim // 2
         theta = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        positions = torch.arange(x.shape[1])[None] if positions is None else positions
+        positions = torch.arange(x.shape[1]) if positions is None else positions
+        positions = positions.expand(x.shape[0], -1)
         angle = (positions[..., None] * theta)[:, :, None]
         turn = torch.polar(torch.ones_like(angle), angle)
         pairs = (t.unflatten(-1, (half, 2)).contiguous() for t in (q, k))
@@ -86,15 +87,24 @@ def test_grouped_heads(heads, x):
     torch.testing.assert_close(attn(x, x).double(), golden(attn, x, causal(9)), **CLOSE)
 
 
+POSITIONS = torch.tensor([[5, 9, 11, 12, 13, 20, 40, 41, 63], list(range(9))])
+
+
+# 5 tokens of groups of 3 are few enough for queries to be rotated beside their keys.
+@pytest.mark.parametrize("num_tokens", [5, 9])
+@pytest.mark.parametrize("positions", [POSITIONS, POSITIONS[0], None], ids=["2d", "1d", "none"])
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("is_cached", [False, True])
-def test_rope_and_norms(is_cached, norms, x):
+def test_rope_and_norms(is_cached, norms, positions, num_tokens, x):
     attn = build(norms=norms, pos_embeddings=RotaryEmbedding(24, 64))
-    positions = torch.tensor([[5, 9, 11, 12, 13, 20, 40, 41, 63], list(range(9))])
+    x = x[:, :num_tokens]
     if is_cached:
         attn.setup_cache(2, torch.float32, 9)
+    if positions is not None:
+        positions = positions[..., :num_tokens]
     actual = attn(x, x, input_pos=positions)
-    torch.testing.assert_close(actual.double(), golden(attn, x, causal(9), positions), **CLOSE)
+    expected = golden(attn, x, causal(num_tokens), positions)
+    torch.testing.assert_close(actual.double(), expected, **CLOSE)
 
 
 def masks(b: int, s: int) -> dict[str, tuple[Tensor | None, Tensor]]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastshard.nn import FeedForward, MultiHeadAttention
+from fastshard.nn.linear import PackedLinears
 
 NAMES = {MultiHeadAttention: ("q_proj", "k_proj", "v_proj"), FeedForward: ("w1", "w3")}
 
@@ -214,3 +215,56 @@ def test_forward_reads_the_packed_tensor_and_copies_none(kind, dtype):
     pointers = [args[1].data_ptr() for name, args in recorder.calls if name == op]
     assert module.packed_weight.data_ptr() in pointers
     assert len(names & {"fastshard.linear.default", "fastshard.fused_mlp.default"}) == 1
+
+
+class Adopted(PackedLinears):
+    """Packs the layers that it is given."""
+
+    def __init__(self, interleaved=False, **layers):
+        super().__init__()
+        self.adopt(layers, interleaved=interleaved)
+
+
+def linears(*sizes: int, bias: bool = True, **placed) -> dict[str, nn.Linear]:
+    torch.manual_seed(1)
+    return {f"l{i}": nn.Linear(8, size, bias=bias, **placed) for i, size in enumerate(sizes)}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_adopted_layers_are_views(interleaved, bias):
+    layers = linears(6, 6, bias=bias) if interleaved else linears(6, 4, 2, bias=bias)
+    parameters = {name: dict(layer.named_parameters()) for name, layer in layers.items()}
+    before = {name: {k: p.clone() for k, p in of.items()} for name, of in parameters.items()}
+    module = Adopted(interleaved, **layers)
+    for name in ("weight", "bias") if bias else ("weight",):
+        values = [before[layer][name] for layer in layers]
+        rows = torch.stack(values, 1).flatten(0, 1) if interleaved else torch.cat(values)
+        packed = getattr(module, f"packed_{name}")
+        assert torch.equal(packed, rows)
+        for layer, of in parameters.items():
+            assert getattr(layers[layer], name) is of[name]  # the same object
+            assert torch.equal(of[name], before[layer][name])
+            assert of[name].requires_grad
+            assert not module.get_submodule(layer).get_parameter(name).requires_grad
+            assert of[name].untyped_storage()._cdata == packed.untyped_storage()._cdata
+    assert (module.packed_bias is None) == (not bias)
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    assert storage_bytes(nn.ModuleList([module, *layers.values()])) == size  # no second copy
+
+
+@pytest.mark.parametrize(
+    ("layers", "interleaved", "text"),
+    [
+        (linears(6) | {"b": nn.Linear(9, 6)}, False, r"b must be like l0, .*8\].* got \[\*, 9\]"),
+        (linears(6) | {"b": nn.Linear(8, 6).half()}, False, r"got .*float16 on cpu with a bias"),
+        (linears(6) | {"b": nn.Linear(8, 6, bias=False)}, False, r"got .* with no bias"),
+        (linears(6) | {"b": nn.Linear(8, 6, device="meta")}, False, r"got .* on meta"),
+        (linears(6, 4), True, r"must be of one size, got \{'l0': 6, 'l1': 4\}"),
+    ],
+)
+def test_layers_that_differ_are_not_adopted(layers, interleaved, text):
+    before = {name: layer.weight.data_ptr() for name, layer in layers.items()}
+    with pytest.raises(ValueError, match=text):
+        Adopted(interleaved, **layers)
+    assert before == {name: layer.weight.data_ptr() for name, layer in layers.items()}

@@ -10,6 +10,9 @@ from helpers import (
     CUDA_ONLY,
     KERNELS_ONLY,
     assert_as_accurate,
+    assert_compiles_once,
+    assert_gradients_as_accurate,
+    assert_ignores_autocast,
     assert_replays_in_a_graph,
     cuda_kernel_names,
 )
@@ -116,12 +119,47 @@ def test_raw_ops_guard_memory(device):
             call()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients(interleaved, activation, dtype, device):
+    def gated(gate_up):
+        out = ops.act_and_mul(gate_up, activation=activation, interleaved=interleaved)
+        return (out, ops.silu_and_mul(gate_up)) if activation == "silu" else out
+
+    def plain(gate_up):
+        out = eager(gate_up, activation, interleaved)
+        return (out, eager(gate_up, "silu", False)) if activation == "silu" else out
+
+    gate_up = (3 * torch.randn(2, 3, 24, device=device)).to(dtype)
+    assert_gradients_as_accurate(gated, plain, {"gate_up": gate_up})
+
+
+def test_gradients_of_a_compiled_function(device):
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+
+    def plain(gate_up):
+        return eager(gate_up, "silu", False), eager(gate_up, "gelu", True)
+
+    gate_up = torch.randn(3, 24, device=device)
+    assert_gradients_as_accurate(compiled, plain, {"gate_up": gate_up})
+
+
+def both(gate_up):
+    return ops.silu_and_mul(gate_up), ops.act_and_mul(gate_up, activation="gelu", interleaved=True)
+
+
+def test_compiles_once_for_all_sizes(device):
+    sizes = [(5, 64), (3, 64), (17, 34)]
+    assert_compiles_once(both, ({"gate_up": torch.randn(s, device=device)} for s in sizes))
+
+
+def test_ignores_autocast(device):
+    assert_ignores_autocast(both, {"gate_up": torch.randn(3, 64, device=device)})
+
+
 def test_traces_without_a_graph_break(device):
     gate_up = torch.randn(3, 64, device=device)
-
-    def both(x):
-        return ops.silu_and_mul(x * 2), ops.act_and_mul(x, activation="gelu", interleaved=True)
-
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(gate_up), both(gate_up))
 

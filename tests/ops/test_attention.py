@@ -12,6 +12,9 @@ from helpers import (
     CUDA_ONLY,
     KERNELS_ONLY,
     assert_as_accurate,
+    assert_compiles_once,
+    assert_ignores_autocast,
+    assert_refuses_gradients,
     assert_replays_in_a_graph,
     cuda_kernel_names,
 )
@@ -704,6 +707,68 @@ def test_traces_without_a_graph_break(device):
     assert torch.equal(compiled(q, lengths), step(q, lengths))
 
 
+def of_size(device, b, s_q, s_kv, dtype=torch.float16) -> dict:
+    """Arguments of the three ops at once: q, k, v, lengths, a mask and rope."""
+    q, k, v = make_qkv(device, dtype, b=b, s_q=s_q, s_kv=s_kv, num_kv_heads=2, group=2)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "lengths": torch.arange(b, device=device) + s_kv - b,
+        "mask": torch.rand(b, s_q, s_kv, device=device) > 0.4,
+        "table": make_table(s_kv, 32, device),
+        "positions": torch.arange(s_q, device=device),
+    }
+
+
+def attend(q, k, v, lengths, mask, table, positions):
+    k_cache, v_cache = k.transpose(1, 2), v.transpose(1, 2)
+    rope = {"rope_table": table, "rope_positions": positions}
+    return (
+        ops.attention(q, k, v, mask=mask),
+        ops.attention(q, k, v, causal=True, window=4, **rope),
+        ops.cached_attention(q, k_cache, v_cache, lengths, first_key=lengths // 2, **rope),
+        ops.cached_attention(q, k_cache, v_cache, lengths, mask=mask, softcap=9.0),
+        ops.attention_layer_norm(q, k, v, causal=True),
+    )
+
+
+def test_compiles_once_for_all_sizes(device):
+    sizes = [(3, 5, 20), (2, 4, 33), (5, 7, 70)]
+    assert_compiles_once(attend, (of_size(device, *size) for size in sizes))
+
+
+def test_ignores_autocast(device):
+    assert_ignores_autocast(attend, of_size(device, 2, 5, 20))
+
+
+def test_vmap_gives_what_a_loop_gives(device):
+    q, k, v = (t.unflatten(0, (3, 2)) for t in make_qkv(device, torch.float16, b=6, s_q=3, s_kv=9))
+    lengths = torch.tensor([[9, 4], [8, 2], [7, 5]], device=device)
+
+    def step(q, k, lengths):
+        return ops.cached_attention(q, k.transpose(1, 2), v[0].transpose(1, 2), lengths)
+
+    expected = [step(*rows) for rows in zip(q, k, lengths, strict=True)]
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(step)(q, k, lengths), torch.stack(expected))
+
+
+def test_refuses_gradients(device):
+    given = of_size(device, 2, 5, 20)
+    q, k, v = (given[name] for name in "qkv")
+    rope = {"rope_table": given["table"], "rope_positions": given["positions"]}
+    mask = given["mask"].float().log()
+    assert_refuses_gradients(ops.attention, {"q": q, "k": k, "v": v, "mask": mask, **rope})
+    caches = {"k_cache": k.transpose(1, 2), "v_cache": v.transpose(1, 2)}
+    cached = {"q": q, **caches, "kv_lengths": given["lengths"], "mask": mask, **rope}
+    assert_refuses_gradients(ops.cached_attention, cached)
+    weight, bias = torch.randn(2, 64, device=device).half()
+    vectors = {"weight": weight, "bias": bias}
+    normed = {"q": q, "k": k, "v": v, **vectors, "mask": mask, **rope}
+    assert_refuses_gradients(ops.attention_layer_norm, normed)
+
+
 def test_opcheck(device):
     q, k, v = make_qkv(device, torch.float16, b=2, s_q=3, s_kv=20, num_kv_heads=2, group=2)
     lengths = torch.tensor([20, 7], device=device)
@@ -797,9 +862,11 @@ def test_runs_our_kernels(shape, device):
         assert all(part in name for part, name in zip(expected, names, strict=True))
 
 
-def raw_attention(q, k, v, variant, *, mask=None, causal=False, kv_lengths=None, softcap=None):
+def raw_attention(
+    q, k, v, variant, *, mask=None, causal=False, kv_lengths=None, softcap=None, rope=NO_ROPE
+):
     rules = (mask, causal, kv_lengths, None, None, softcap, 1 / math.sqrt(q.shape[3]))
-    return torch.ops.fastshard.attention.default(q, k, v, *rules, *NO_ROPE, variant)
+    return torch.ops.fastshard.attention.default(q, k, v, *rules, *rope, variant)
 
 
 def check_variant(q, k, v, variant, *, softcap=None, **rules) -> None:
@@ -840,6 +907,29 @@ def test_variants_of_masks(variant, device):
     for dtype in (torch.bool, torch.float32):
         check_variant(q, k, v, variant, mask=make_mask(1, 40, 96, dtype, device))
     check_variant(q, k, v, variant, softcap=3.0)
+
+
+@KERNELS_ONLY
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_variants_rotate(head_dim, variant, interleaved, device):
+    """80 is padded to 96; tiles of few rows rotate too where they are asked for."""
+    sizes = {"b": 2, "s_q": 41, "s_kv": 50, "group": 2, "head_dim": head_dim}
+    q, k, v = make_qkv(device, torch.bfloat16, **sizes)
+    table = make_table(64, head_dim // 2, device)
+    positions = torch.randint(64, (2, 41), device=device)
+    rotated = ops.apply_rope(q, table, positions, interleaved=interleaved)
+    actual = raw_attention(q, k, v, variant, rope=(table, positions, interleaved))
+    assert torch.equal(actual, raw_attention(rotated, k, v, variant))
+
+
+@pytest.mark.parametrize("sizes", [{"b": 0}, {"s_q": 0}, {"s_kv": 0}], ids=str)
+def test_rope_of_nothing(sizes, device):
+    q, k, v = make_qkv(device, torch.float16, **({"b": 2, "s_q": 40, "s_kv": 40} | sizes))
+    table, positions = make_table(64, 32, device), torch.arange(q.shape[1], device=device)
+    out = ops.attention(q, k, v, rope_table=table, rope_positions=positions)
+    assert torch.equal(out, torch.zeros_like(q))
 
 
 @CUDA_ONLY

@@ -13,6 +13,9 @@ from helpers import (
     CPU_ONLY,
     CUDA_ONLY,
     assert_as_accurate,
+    assert_compiles_once,
+    assert_ignores_autocast,
+    assert_refuses_gradients,
     assert_replays_in_a_graph,
     cuda_kernel_names,
 )
@@ -624,6 +627,49 @@ def test_compiles(device):
     for name in ("k_cache", "v_cache"):  # mutations survive functionalisation
         for actual, expected in zip(given[name], twin[name], strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def decode_step(**given):
+    """The op, and reads of what it wrote."""
+    ops.decode_step(**given)
+    return given["out"] + 1, given["k_cache"][-1] * 2, given["overflow"] + 1
+
+
+def test_compiles_once_for_all_sizes(device):
+    small = Case(hidden_size=16, intermediate_size=8)
+    cases = [
+        replace(small, slots=(9, 4, 3, 2, 1)),
+        replace(small, slots=(7, 2, 20), max_seq_len=19),  # the last row overflows
+        replace(small, slots=(30, 1), max_seq_len=41, vocab_size=90),
+    ]
+    calls = [make(case, torch.float16, device) for case in cases]
+    assert_compiles_once(decode_step, calls)
+    assert [call["overflow"].item() for call in calls] == [0, 1, 0]
+
+
+def test_ignores_autocast(device):
+    given = make(Case(hidden_size=16), torch.float16, device)
+    assert_ignores_autocast(decode_step, given)
+
+
+@pytest.mark.parametrize("part", ["whole", "middle"])
+def test_refuses_gradients(part, device):
+    case = Case(part=part, hidden_size=16, intermediate_size=8)
+    given = make(case, torch.float16, device)
+    assert_refuses_gradients(ops.decode_step, given)
+    message = r"^decode_step is for inference only .* got down_weight\[1\] that requires grad"
+    with pytest.raises(RuntimeError, match=message):
+        ops.decode_step(**given | replaced(down_weight=each(Tensor.requires_grad_))(given))
+
+
+def test_vmap_is_refused(device):
+    given = make(Case(hidden_size=16, intermediate_size=8), torch.float16, device)
+
+    def step(slots):
+        ops.decode_step(**given | {"slots": slots})
+
+    with pytest.raises(RuntimeError, match=r"decode_step does not run under torch\.vmap"):
+        torch.vmap(step)(torch.stack([given["slots"]] * 2))
 
 
 @CUDA_ONLY

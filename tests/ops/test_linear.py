@@ -10,6 +10,9 @@ from helpers import (
     CUDA_ONLY,
     KERNELS_ONLY,
     assert_as_accurate,
+    assert_compiles_once,
+    assert_ignores_autocast,
+    assert_refuses_gradients,
     assert_replays_in_a_graph,
     cuda_kernel_names,
 )
@@ -335,6 +338,34 @@ def test_traces_without_a_graph_break(num_tokens, device):
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(a["x"]), function(a["x"]))
+
+
+def test_compiles_once_for_all_sizes(device):
+    sizes = [(3, 24, 64), (17, 24, 64), (5, 40, 128)]
+    assert_compiles_once(ops.linear, (make(*size, torch.float16, device) for size in sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [3, 17])
+def test_ignores_autocast(num_tokens, dtype, device):
+    assert_ignores_autocast(ops.linear, make(num_tokens, 24, 64, dtype, device))
+
+
+def test_vmap_gives_what_a_loop_gives(device):
+    a = make(12, 24, 64, torch.float16, device)
+    x, residual = (a[name].unflatten(0, (4, 3)) for name in ("x", "residual"))
+
+    def function(x, residual):
+        return ops.linear(**a | {"x": x, "residual": residual})
+
+    with torch.no_grad():
+        actual = torch.vmap(function)(x, residual)
+    expected = [function(*rows) for rows in zip(x, residual, strict=True)]
+    assert torch.equal(actual, torch.stack(expected))
+
+
+def test_refuses_gradients(device):
+    assert_refuses_gradients(ops.linear, make(3, 24, 64, torch.float16, device))
 
 
 @pytest.mark.parametrize("options", [(), ("bias", "norm", "residual")], ids=str)

@@ -11,6 +11,9 @@ from helpers import (
     EMULATOR_ONLY,
     KERNELS_ONLY,
     assert_as_accurate,
+    assert_compiles_once,
+    assert_ignores_autocast,
+    assert_refuses_gradients,
     assert_replays_in_a_graph,
     cuda_kernel_names,
 )
@@ -497,6 +500,21 @@ def test_traces_without_a_graph_break(num_tokens, device):
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(a["x"]), function(a["x"]))
+
+
+def test_compiles_once_for_all_sizes(device):
+    sizes = [(3, 64, 40), (17, 64, 40), (5, 72, 24)]
+    assert_compiles_once(ops.fused_mlp, (make(*size, torch.float16, device) for size in sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("num_tokens", [3, 17])
+def test_ignores_autocast(num_tokens, dtype, device):
+    assert_ignores_autocast(ops.fused_mlp, make(num_tokens, 64, 40, dtype, device))
+
+
+def test_refuses_gradients(device):
+    assert_refuses_gradients(ops.fused_mlp, make(3, 64, 40, torch.float16, device))
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

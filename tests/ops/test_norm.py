@@ -16,6 +16,9 @@ from helpers import (
     CUDA_ONLY,
     KERNELS_ONLY,
     assert_as_accurate,
+    assert_compiles_once,
+    assert_gradients_as_accurate,
+    assert_ignores_autocast,
     assert_replays_in_a_graph,
     cuda_kernel_names,
 )
@@ -317,6 +320,110 @@ def test_raw_ops_guard_memory(device):
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+def rms_norms(x, residual, weight, bias):
+    """Every op of RMSNorm; the sum of two uses is in the gradients."""
+    normed = ops.rms_norm(x, weight, EPS, weight_in_fp32=True)
+    return normed, *ops.add_rms_norm(x, residual, weight, EPS)
+
+
+def layer_norms(x, residual, weight, bias):
+    normed = ops.layer_norm(x, weight, bias, EPS)
+    return normed, *ops.add_layer_norm(x, residual, weight, bias, EPS)
+
+
+def plain_layer_norms(x, residual, weight, bias):
+    vectors = (weight, bias, EPS)
+    total = x + residual
+    return (
+        F.layer_norm(x, x.shape[-1:], *vectors),
+        F.layer_norm(total, x.shape[-1:], *vectors),
+        total,
+    )
+
+
+def plain_rms_norms(x, residual, weight, bias):
+    total = x + residual
+    return *(F.rms_norm(t, t.shape[-1:], weight, EPS) for t in (x, total)), total
+
+
+def named(shape, dtype, device) -> dict[str, Tensor]:
+    names = ("x", "residual", "weight", "bias")
+    return dict(zip(names, tensors(shape, dtype, device, count=2), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(64,), (7, 64), (2, 3, 24)], ids=str)
+@pytest.mark.parametrize(
+    ("norms", "plain", "needed"),
+    [
+        (rms_norms, plain_rms_norms, ("x", "residual", "weight")),
+        (layer_norms, plain_layer_norms, ("x", "residual", "weight", "bias")),
+        (layer_norms, plain_layer_norms, ("x", "bias")),
+        (layer_norms, plain_layer_norms, ("residual", "weight")),
+    ],
+)
+def test_gradients(norms, plain, needed, shape, dtype, device):
+    arguments = named(shape, dtype, device)
+    arguments["x"] += 1  # a layer norm that takes the variance about zero must fail
+    assert_gradients_as_accurate(norms, plain, arguments, needed)
+
+
+@pytest.mark.parametrize(
+    ("norms", "plain", "needed"),
+    [
+        (rms_norms, plain_rms_norms, ("x", "residual", "weight")),
+        (layer_norms, plain_layer_norms, ("x", "residual", "weight", "bias")),
+    ],
+)
+def test_gradients_of_a_compiled_function(norms, plain, needed, device):
+    compiled = torch.compile(norms, fullgraph=True, backend="aot_eager")
+    arguments = named((5, 32), torch.float32, device)
+    assert_gradients_as_accurate(compiled, plain, arguments, needed)
+
+
+def test_gradients_without_vectors(device):
+    given = {name: t for name, t in named((5, 32), torch.float32, device).items() if t.dim() == 2}
+
+    def norms(x, residual):
+        return ops.layer_norm(x, eps=EPS), *ops.add_layer_norm(x, residual, eps=EPS)
+
+    def plain(x, residual):
+        return plain_layer_norms(x, residual, None, None)
+
+    assert_gradients_as_accurate(norms, plain, given)
+
+
+@pytest.mark.parametrize("op_name", ["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"])
+def test_second_derivatives(op_name, device):
+    x, residual, weight, _ = tensors((2, 16), torch.float32, device, count=2)
+    function = getattr(ops, op_name)
+
+    def total(x):
+        arguments = (x, residual, weight) if op_name.startswith("add") else (x, weight)
+        normed = function(*arguments, eps=EPS)
+        return (normed if isinstance(normed, Tensor) else normed[0]).pow(3).sum()
+
+    def plain(x):
+        x = x + residual if op_name.startswith("add") else x
+        norm = F.rms_norm if "rms" in op_name else F.layer_norm
+        return norm(x, weight.shape, weight.to(x), eps=EPS).pow(3).sum()
+
+    hessian = torch.autograd.functional.hessian
+    golden, naive = hessian(plain, x.double()), hessian(plain, x)
+    assert_as_accurate(hessian(total, x), golden, naive)
+
+
+@pytest.mark.parametrize("norms", [rms_norms, layer_norms])
+def test_compiles_once_for_all_sizes(norms, device):
+    sizes = [(5, 64), (3, 64), (17, 128)]
+    assert_compiles_once(norms, (named(shape, torch.float16, device) for shape in sizes))
+
+
+@pytest.mark.parametrize("norms", [rms_norms, layer_norms])
+def test_ignores_autocast(norms, device):
+    assert_ignores_autocast(norms, named((3, 64), torch.float32, device))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -1,4 +1,4 @@
-"""Every op of the package is whole: fake kernel, CPU reference, cost, opcheck, CUDA kernel."""
+"""Every op of the package is whole: its kernels, its cost, its gradient or the error, its tests."""
 
 import ast
 import inspect
@@ -20,8 +20,8 @@ def op_names(namespace: str = "fastshard") -> list[str]:
     return sorted({n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)})
 
 
-def opchecked(op_name: str, sources: list[str]) -> bool:
-    """Whether a test that calls ``opcheck``, or a module-level name it uses, names the op."""
+def named_by_a_test(check: str, op_name: str, sources: list[str]) -> bool:
+    """Whether a test that calls ``check``, or a module-level name it uses, names the op."""
     for source in sources:
         tree = ast.parse(source)
         definitions = {}
@@ -36,7 +36,7 @@ def opchecked(op_name: str, sources: list[str]) -> bool:
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             read = [node, *(definitions[name] for name in used & definitions.keys())]
             text = "\n".join(map(ast.unparse, read))
-            if ".opcheck(" in text and re.search(rf"\b{op_name}\b", text):
+            if re.search(rf"\b{check}\(", text) and re.search(rf"\b{op_name}\b", text):
                 return True
     return False
 
@@ -49,11 +49,24 @@ def missing_parts(op_name: str, namespace: str = "fastshard") -> list[str]:
         return torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
 
     sources = [path.read_text() for path in sorted(TESTS.glob("test_*.py"))]
+
+    def tested(check: str) -> bool:
+        return named_by_a_test(check, op_name, sources)
+
+    has_formula = has("Autograd")
+    is_inference_only = op_name in ops.INFERENCE_ONLY
     parts = {
         "fake kernel": has("Meta"),
         "CPU reference": has("CPU"),
         "cost entry": op_name in ops.COSTS,
-        "opcheck in tests/ops": opchecked(op_name, sources),
+        "opcheck in tests/ops": tested("opcheck"),
+        "autograd formula or inference_only, not both": has_formula != is_inference_only,
+        "gradients or their refusal in tests/ops": tested(
+            "assert_gradients_as_accurate" if has_formula else "assert_refuses_gradients"
+        ),
+        "symbolic sizes in tests/ops": tested("assert_compiles_once"),
+        "kernel under autocast": has("AutocastCPU") and has("AutocastCUDA"),
+        "autocast in tests/ops": tested("assert_ignores_autocast"),
         "CUDA kernel": has("CUDA") or not ops.HAS_KERNELS,
     }
     return [part for part, present in parts.items() if not present]
@@ -82,13 +95,16 @@ def test_a_bare_op_lacks_every_part():
     library = torch.library.Library("fastshard_bare", "DEF")
     library.define("nothing_at_all(Tensor x) -> Tensor")
     parts = ["fake kernel", "CPU reference", "cost entry", "opcheck in tests/ops"]
+    parts += ["autograd formula or inference_only, not both"]
+    parts += ["gradients or their refusal in tests/ops", "symbolic sizes in tests/ops"]
+    parts += ["kernel under autocast", "autocast in tests/ops"]
     if ops.HAS_KERNELS:
         parts.append("CUDA kernel")
     assert op_names("fastshard_bare") == ["nothing_at_all"]
     assert missing_parts("nothing_at_all", "fastshard_bare") == parts
 
 
-def test_opchecked_reads_the_test_and_what_it_uses():
+def test_named_by_a_test_reads_the_test_and_what_it_uses():
     source = """
 ARGUMENTS = {"first": 1, "other_second": 2}
 UNUSED = {"third": 3}
@@ -97,6 +113,7 @@ def test_opcheck(name):
 def test_fourth():
     torch.ops.fastshard.fourth.default(1)
 """
-    assert opchecked("first", [source])
+    assert named_by_a_test("opcheck", "first", [source])
+    assert not named_by_a_test("check", "first", [source])
     for name in ("second", "third", "fourth"):
-        assert not opchecked(name, [source])
+        assert not named_by_a_test("opcheck", name, [source])

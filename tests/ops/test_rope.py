@@ -3,12 +3,18 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from fastshard import ops
 from helpers import (
     CUDA_ONLY,
     KERNELS_ONLY,
     assert_as_accurate,
+    assert_compiles_once,
+    assert_gradients_as_accurate,
+    assert_ignores_autocast,
+    assert_refuses_gradients,
     assert_replays_in_a_graph,
     cuda_kernel_names,
 )
@@ -404,6 +410,109 @@ def test_traces_without_a_graph_break(interleaved, device):
     for key in ("k_cache", "v_cache", "overflow"):  # mutations survive functionalisation
         assert torch.equal(given[key], copies[key])
     assert given["overflow"].item() == 1
+
+
+def rotate_and_append(q, k, v, table, positions, k_cache, v_cache, slots, overflow):
+    """The append, and reads of the caches before and after it."""
+    q = ops.apply_rope(q, table, positions, interleaved=True)
+    before = k_cache.sum()
+    q = ops.rope_append(
+        q, k, v, table, positions, k_cache, v_cache, slots, overflow, interleaved=False
+    )
+    return q, before, k_cache * 2, v_cache.amax(), overflow + 1
+
+
+def test_compiles_once_for_all_sizes(device):
+    def sized(b, s, max_seq_len):
+        q, k, v = packed_qkv(b, s, 6, 2, 16, torch.float16, device)
+        k_cache, v_cache = make_caches(b + 1, 2, max_seq_len, 16, torch.float16, device)
+        return {
+            "q": q,
+            "k": k,
+            "v": v,
+            "table": make_table(16, device),
+            "positions": torch.arange(s, device=device) + max_seq_len // 2,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "slots": torch.arange(s, device=device) + max_seq_len - s + (b == 2),
+            "overflow": torch.zeros(1, dtype=torch.int32, device=device),
+        }
+
+    calls = [sized(3, 5, 12), sized(2, 4, 20), sized(5, 7, 31)]
+    assert_compiles_once(rotate_and_append, calls)
+    assert [call["overflow"].item() for call in calls] == [0, 1, 0]
+
+
+def test_a_graph_knows_what_an_append_writes(device):
+    """AOTAutograd sees a function without side effects, of the three tensors that it changes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    given = arguments(device)
+    compiled = torch.compile(
+        rotate_and_append, fullgraph=True, backend=aot_autograd(fw_compiler=backend)
+    )
+    with torch.no_grad():
+        compiled(**given)
+    (node,) = (n for n in graphs[0].graph.nodes if "auto_functionalized" in str(n.target))
+    assert node.args == (torch.ops.fastshard.rope_append.default,)
+    changed = node.kwargs["_all_bases"]
+    assert [base.meta["val"].shape for base in changed] == [
+        given[name].shape for name in ("k_cache", "v_cache", "overflow")
+    ]
+
+
+def test_ignores_autocast(device):
+    assert_ignores_autocast(rotate_and_append, arguments(device))
+
+
+@STYLES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (24, 10), (8, 0)])
+def test_gradients(head_dim, rotary_dim, interleaved, dtype, device):
+    given = {
+        "x": torch.randn(2, 5, 3, head_dim, dtype=dtype, device=device),
+        "table": make_table(rotary_dim, device),
+        "positions": torch.tensor([[0, 1, 2, 3, 39], [7, 3, 3, 20, 0]], device=device),
+    }
+
+    def ours(x, table, positions):
+        return ops.apply_rope(x, table, positions, interleaved=interleaved)
+
+    def plain(x, table, positions):
+        return rotate(x, table, positions, interleaved)
+
+    assert_gradients_as_accurate(ours, plain, given, ["x"])
+    if rotary_dim == 10 and dtype == torch.float32:
+        torch._dynamo.reset()
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        assert_gradients_as_accurate(compiled, plain, given, ["x"])
+
+
+def test_a_table_has_no_gradient(device):
+    x, table = torch.randn(1, 2, 3, 16, device=device), make_table(16, device).requires_grad_()
+    with pytest.raises(RuntimeError, match="table must not require grad: apply_rope has a gradien"):
+        ops.apply_rope(x, table, torch.arange(2, device=device), interleaved=False)
+    with torch.no_grad():
+        ops.apply_rope(x, table, torch.arange(2, device=device), interleaved=False)
+
+
+@pytest.mark.parametrize("batched", ["q", "slots", "k_cache"])
+def test_vmap_of_an_append_is_refused(batched, device):
+    given = arguments(device)
+
+    def append(x):
+        return ops.rope_append(**given | {batched: x}, interleaved=False)
+
+    with pytest.raises(RuntimeError, match=r"rope_append does not run under torch\.vmap"):
+        torch.vmap(append)(torch.stack([given[batched]] * 2))
+
+
+def test_rope_append_refuses_gradients(device):
+    assert_refuses_gradients(ops.rope_append, arguments(device) | {"interleaved": False})
 
 
 @STYLES

@@ -9,7 +9,15 @@ from transformers.generation import logits_process
 
 from fastshard import ops
 from fastshard.ops.sample import MASK, philox4x32, sample_reference
-from helpers import CUDA_ONLY, KERNELS_ONLY, assert_replays_in_a_graph, cuda_kernel_names
+from helpers import (
+    CUDA_ONLY,
+    KERNELS_ONLY,
+    assert_compiles_once,
+    assert_ignores_autocast,
+    assert_refuses_gradients,
+    assert_replays_in_a_graph,
+    cuda_kernel_names,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Below and at one vector of 4, 8 elements; one, several and many rounds of a block; odd sizes.
@@ -319,6 +327,27 @@ def test_traces_without_a_graph_break(filters, device):
 
     compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits, step), draw(logits, step))
+
+
+def test_compiles_once_for_all_sizes(device):
+    def draw(logits, step):
+        return ops.sample(logits, step), ops.sample(logits, step, temperature=0.5, top_k=5)
+
+    sizes = [(3, 50), (7, 50), (2, 60)]
+    calls = [
+        {"logits": torch.randn(s, device=device), "step": at_step(s[0], device)} for s in sizes
+    ]
+    assert_compiles_once(draw, calls)
+
+
+def test_ignores_autocast(device):
+    logits = {"logits": torch.randn(3, 50, device=device), "step": at_step(2, device)}
+    assert_ignores_autocast(ops.sample, logits)
+
+
+def test_refuses_gradients(device):
+    logits = {"logits": torch.randn(3, 50, device=device), "step": at_step(2, device)}
+    assert_refuses_gradients(ops.sample, logits)
 
 
 def test_opcheck(device):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.modules import module as global_hooks
 
 import fastshard
-from fastshard import cli
+from fastshard import cli, generate_command
 from fastshard.profile import ranges
 
 PROMPT = torch.tensor([[1, 2, 3]])
@@ -100,7 +100,7 @@ def test_the_environment_turns_ranges_on_for_a_command(monkeypatch, nvtx, model,
     if value is not None:
         monkeypatch.setenv("FASTSHARD_NVTX", value)
     during = []
-    monkeypatch.setattr(cli, "run_generate", lambda args: during.extend([*nvtx, *hooks(model)]))
+    monkeypatch.setattr(generate_command, "run", lambda args: during.extend([*nvtx, *hooks(model)]))
     cli.main(["generate", "a"])
     assert nvtx == ["begin", "end"] * is_on
     assert len(during) == 3 * is_on

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastshard import cli
+from fastshard import arguments, cli
 from fastshard.ops import variants
 from fastshard.ops.variants import Entry, Table, read_table, write_table
 from fastshard.tune import command, recorded, search
 from fastshard.tune.problem import Measurement, Problem
 from fastshard.tune.recorded import Study
+from fastshard.tune.space import OPEN
 
 STUDY = Path(__file__).parent / "data" / "h200.json"
 PROBLEM = Problem("linear", "bfloat16", (4, 4096, 6144))
@@ -106,7 +107,7 @@ class Gpu:
 
     device = "GPU"
 
-    def __init__(self, *, seed):
+    def __init__(self, *, seed, **settings):
         self.calls = 0
 
     def __call__(self, problem, names):
@@ -167,8 +168,8 @@ def test_wrong_arguments(arguments, message, study, tmp_path, capsys):
 @pytest.mark.parametrize("text", ["5", "5x", "-1s", "m", "", "5sm", "inf"])
 def test_durations(text, capsys):
     if text == "5":
-        assert cli._seconds("5") == cli._seconds("5s") == 5
-        assert cli._seconds("1.5m") == 90
+        assert arguments.seconds("5") == arguments.seconds("5s") == 5
+        assert arguments.seconds("1.5m") == 90
         return
     with pytest.raises(SystemExit, match="2"):
         tune(f"--budget={text}")
@@ -228,3 +229,117 @@ def test_a_checkpoint_folder_has_problems(tmp_path):
     found = command._problems(str(demo_model()), ["rms_norm"], "float16")
     assert {problem.op for problem in found} == {"rms_norm"}
     assert sys.modules["fastshard.checkpoint"]
+
+
+ROOT = Path(__file__).parents[2]
+NORM = Problem("rms_norm", "bfloat16", (1, 4096))
+OPEN_FILES = ("--op", "rms_norm", "--source", ROOT)
+
+
+@pytest.fixture
+def open_study(tmp_path):
+    """Of all variants of one problem; 192x5 is the fastest, and 128x4 of those in the menu."""
+    made = Study("GPU", version("fastshard"))
+    for number, name in enumerate(OPEN.legal_variants(NORM)):
+        made.keep(NORM, name, timed({"192x5": 7.0, "128x4": 8.0}.get(name, 9.0 + number / 100)))
+    path = tmp_path / "study.json"
+    made.write(path)
+    return path
+
+
+def test_a_winner_outside_the_menu_is_in_the_patch_and_not_in_the_table(
+    open_study, tmp_path, capsys
+):
+    output, patch = tmp_path / "table.json", tmp_path / "new" / "menu.patch"
+    files = (*OPEN_FILES, "--strategy", "all")
+    assert replay(open_study, output, *files, "--patch", patch) == 0
+    entry = Entry("rms_norm", "bfloat16", (1, 4096), "128x4")
+    assert read_table(output).entries == (entry,)
+    lines = patch.read_text().split("\n")
+    assert [line for line in lines if line.startswith("+") and line[1] != "+"] == [
+        "+    {192, 5},",
+        '+    "192x5",',
+    ]
+    out = capsys.readouterr().out
+    assert "192x5               7.00 us, auto     10.00 us, 1.429x, not in the menu" in out
+    assert "1 entries written" in out
+    assert f"patch of the menus written to {patch}: git apply it in {ROOT}, build" in out
+    # The same without the mode: the table is the same, whatever the study knows.
+    assert replay(open_study, tmp_path / "other.json", "--op", "rms_norm") == 0
+    assert read_table(tmp_path / "other.json") == read_table(output)
+
+
+def test_an_addition_must_win_again(open_study, tmp_path, capsys):
+    made = recorded.read(open_study)
+    made.keep(NORM, "192x5", timed(7.9), is_confirmed=True)  # not 2 % faster than 128x4
+    made.write(open_study)
+    patch = tmp_path / "menu.patch"
+    files = (*OPEN_FILES, "--strategy", "all", "--patch", patch)
+    assert replay(open_study, tmp_path / "table.json", *files) == 0
+    assert not patch.exists()
+    out = capsys.readouterr().out
+    assert "192x5 was not confirmed: 0.790 of auto's time" in out
+    assert f"no variant to add to the menus: {patch} is not written" in out
+    assert len(read_table(tmp_path / "table.json").entries) == 1
+
+
+def test_the_same_seed_writes_the_same_patch(open_study, tmp_path):
+    patches = [tmp_path / name for name in ("a.patch", "b.patch")]
+    for patch in patches:
+        files = (*OPEN_FILES, "--seed", 3, "--budget", "40s", "--patch", patch)
+        assert replay(open_study, tmp_path / "table.json", *files) == 0
+    assert patches[0].read_bytes() == patches[1].read_bytes() != b""
+
+
+def test_what_does_not_compile_is_in_the_study_with_its_reason(
+    toolkit, tmp_path, monkeypatch, capsys
+):
+    """The whole mode, but for the GPU and the compiler."""
+    monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(command, "GpuMeasurer", Gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    known = {"192x5": 7.0, "128x4": 8.0, "224x3": 1.0, "192x4": 2.0}
+    measured = []
+
+    def measure(self, problem, names):
+        measured.extend(names)
+        return [timed(known.get(name, 9.0)) for name in names]
+
+    monkeypatch.setattr(Gpu, "__call__", measure)
+    monkeypatch.setattr(Gpu, "confirm", lambda self, problem, name: timed(known[name]))
+    monkeypatch.setattr(command, "_problems", lambda *args: [NORM])
+    study, patch = tmp_path / "study.json", tmp_path / "menu.patch"
+    files = ("--study", study, "--output", tmp_path / "table.json", "--patch", patch)
+    assert tune(*files, "--source", ROOT, "--strategy", "all") == 0
+    kept = recorded.read(study)
+    assert kept.get(NORM, "192x4").reason == "spills 624 bytes of registers"
+    assert kept.get(NORM, "224x3").reason.startswith("does not compile: csrc/norm/row.cuh(7)")
+    assert set(measured) == set(OPEN.legal_variants(NORM)) - {"192x4", "224x3"}
+    assert "+    {192, 5}," in patch.read_text()
+    assert patch.read_text().count("\n+    ") == 2
+
+
+def test_no_nvcc(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert tune("--patch", tmp_path / "menu.patch", "--source", ROOT) == 1
+    error = capsys.readouterr().err
+    assert (
+        "a patch of the menu needs nvcc, to compile what is not in it, and there is none" in error
+    )
+    assert "set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,cudart,cccl,crt]'" in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_sources(open_study, tmp_path, monkeypatch, capsys):
+    table, patch = tmp_path / "table.json", tmp_path / "menu.patch"
+    assert replay(open_study, table, "--source", ROOT) == 1
+    assert "a source is of use only for a patch of the menu" in capsys.readouterr().err
+    files = ("--op", "rms_norm", "--patch", patch)
+    monkeypatch.chdir(tmp_path)
+    assert replay(open_study, table, *files) == 1
+    message = f"source must be a checkout of fastshard, which has csrc, got {tmp_path}: git clone"
+    assert message in capsys.readouterr().err
+    assert not table.exists()
+    monkeypatch.chdir(ROOT)
+    assert replay(open_study, table, *files, "--strategy", "all") == 0
+    assert patch.exists()

@@ -5,17 +5,21 @@ import os
 import re
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastshard.ops.variants import key_shape
-from fastshard.tune import observe
+from fastshard.tune import inputs, nvcc, observe
+from fastshard.tune import worker as worker_module
+from fastshard.tune.compiler import Compiler, CompilingMeasurer
 from fastshard.tune.measure import Asker, GpuMeasurer, Observation, judge
 from fastshard.tune.problem import AUTO, Problem
 from fastshard.tune.worker import Worker, WorkerFailed
 from helpers import CUDA_ONLY
 
+ROOT = Path(__file__).parents[2]
 GOOD = {
     "errors": [[1e-3, 1e-3], [2e-3, 1e-3]],
     "timing": (8.0, 7.9, 8.2),
@@ -84,6 +88,17 @@ def test_neighbours_share_the_entry(problem, shapes):
         assert key_shape(each.op, each.shape) == key_shape(problem.op, problem.shape)
 
 
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_what_is_left_unwritten_is_seen_where_no_sample_is(op):
+    made = inputs.make(Problem(op, "float16", (500, 8)), torch.device("cpu"), 1, 0)
+    outputs = made.call(0, AUTO)
+    assert torch.equal(observe.sampled(made, outputs), made.sample(outputs).double())
+    last = outputs if op == "rms_norm" else outputs[1]
+    last[1, 3] = math.nan
+    assert made.sample(outputs).isfinite().all()
+    assert observe.sampled(made, outputs).isnan().all()
+
+
 BACKEND = """
 import os, signal, sys, time
 
@@ -115,9 +130,19 @@ def answer(request):
 def pid(request):
     yield {"pid": os.getpid(), "seed": request["seed"]}
 
+def libraries(request):
+    yield {"begins": "auto"}
+    for name in request["variants"]:
+        yield {"variant": name, "failure": str(request["libraries"].get(name))}
+
 def counts(request):
     for number in range(3):
         yield {"number": number, "of": request["of"]}
+
+def deaf(request):
+    os.closerange(3, 100)  # its messages end, and it does not
+    time.sleep(1000)
+    yield
 
 def interrupted(request):
     raise ValueError("broken")
@@ -149,6 +174,17 @@ def test_an_answer(asker):
     assert wrong.reason.startswith("error 1.0e+00")
 
 
+def test_the_process_is_told_where_libraries_are(environment):
+    def library(problem, variant):
+        return Path("/a.so") if (problem, variant) == (PROBLEM, "96x3") else None
+
+    asker = Asker("backend:libraries", seed=0, timeout=20, environment=environment, library=library)
+    found = asker(PROBLEM, ["96x3", "64x2"])
+    assert [each.reason for each in found] == ["/a.so", "None"]
+    assert asker.confirm(PROBLEM, "96x3").reason == "/a.so"
+    asker.close()
+
+
 @pytest.mark.parametrize(
     ("variant", "reason"),
     [
@@ -164,9 +200,9 @@ def test_a_crash_is_recorded_and_the_others_go_on(asker, variant, reason):
 
 
 def test_a_hang_is_killed(environment):
-    asker = Asker("backend:answer", seed=0, timeout=3, environment=environment)
+    asker = Asker("backend:answer", seed=0, timeout=15, environment=environment)
     hang, other = asker(PROBLEM, ["hang", "other"])
-    assert hang.reason == "no answer for 3 s: killed"
+    assert hang.reason == "no answer for 15 s: killed"
     assert other.us == 8.0
     asker.close()
 
@@ -206,6 +242,20 @@ def test_an_exception_ends_the_process_with_its_last_line(environment):
     worker = Worker("backend:interrupted", timeout=20, environment=environment)
     with pytest.raises(WorkerFailed, match="status 1: ValueError: broken"):
         list(worker.ask({}))
+
+
+def test_a_process_that_ends_its_messages_but_not_itself_is_killed(environment, monkeypatch):
+    monkeypatch.setattr(worker_module, "END_TIMEOUT", 1.0)
+    worker = Worker("backend:deaf", timeout=20, environment=environment)
+    with pytest.raises(WorkerFailed, match="ended by signal 9"):
+        list(worker.ask({}))
+
+
+def test_a_slow_start_is_no_hang(environment, tmp_path):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(3); from backend import counts")
+    worker = Worker("slow:counts", timeout=1.5, environment=environment)
+    assert len(list(worker.ask({"of": 1}))) == 3
+    worker.close()
 
 
 def test_an_answer_that_nobody_waits_for_is_not_the_next_one(environment):
@@ -280,7 +330,6 @@ def test_measures(device):
                     assert 0 < found.error < 1e-2
         again = measurer.confirm(problem, variants[0])
         assert again.reason is None
-    assert AUTO not in variants
 
 
 @CUDA_ONLY
@@ -304,8 +353,34 @@ def test_a_wrong_kernel_is_found(device, monkeypatch):
 
     monkeypatch.setattr(observe.inputs, "make", make)
     request = {"op": problem.op, "dtype": problem.dtype, "shape": problem.shape, "seed": 0}
+    request["libraries"] = {}
     seen = list(observe.observe(request | {"variants": ["library"]}))
     errors = {m["variant"]: m["errors"] for m in seen if "errors" in m}
     assert all(pair[0] is None for pair in errors["library"])
     assert all(pair[0] <= 2 * pair[1] for pair in errors[AUTO])
     assert list(seen[-1]["timings"]) == [AUTO]
+
+
+@CUDA_ONLY
+@pytest.mark.skipif(not nvcc.has_nvcc(nvcc.find_cuda_home()), reason="there is no nvcc")
+def test_measures_what_is_not_in_the_menu(device, tmp_path):
+    compiler = Compiler(ROOT, tmp_path)
+    problems = [
+        (Problem("rms_norm", "bfloat16", (64, 4096)), ["320x2", "128x4"]),
+        (Problem("fused_mlp", "bfloat16", (64, 512, 1024)), ["tiles_64x64_32x4_2x2", "tiles"]),
+    ]
+    with GpuMeasurer(library=compiler.library) as gpu:
+        measurer = CompilingMeasurer(gpu, compiler)
+        for problem, variants in problems:
+            for found in measurer(problem, variants):
+                assert found.reason is None
+                assert found.us > 0
+            assert measurer.confirm(problem, variants[0]).reason is None
+
+
+@CUDA_ONLY
+def test_a_library_that_is_none_is_a_reason(device, tmp_path):
+    (tmp_path / "a.so").write_text("no library")
+    with GpuMeasurer(library=lambda problem, variant: tmp_path / "a.so") as gpu:
+        (found,) = gpu(Problem("rms_norm", "bfloat16", (4, 64)), ["96x3"])
+    assert "a.so" in found.reason

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from importlib.metadata import version
 
 import pytest
@@ -44,9 +45,27 @@ def changed(**change) -> str:
     return json.dumps(content | change)
 
 
+ENTRY = asdict(OTHER) | {"variant": "512x1", "is_confirmed": False} | asdict(FAST)
+
+
+def with_entry(**change) -> str:
+    return changed(measurements=[ENTRY | change])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (changed(device=3), "its device is 3, no name"),
+        (with_entry(shape=["1", 2]), "rms_norm float16 1x2 is no problem"),
+        (with_entry(shape=[0, 2]), "rms_norm float16 0x2 is no problem"),
+        (with_entry(op=["rms_norm"]), "TypeError"),
+        (with_entry(dtype=16), "rms_norm 16 4x64 is no problem"),
+        (with_entry(us="8"), "512x1 has neither times nor a reason"),
+        (with_entry(us=0), "neither times"),
+        (with_entry(auto_us=None), "neither times"),
+        (with_entry(us=None), "neither times"),
+        (with_entry(seconds=None), "neither times"),
+        (with_entry(speed=3), "TypeError: .* 'speed'"),
         ("{", "Expecting property name"),
         ("[]", "TypeError"),
         ("{}", "KeyError: 'format'"),

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fastshard.tune import model, recorded, space
+from fastshard.tune import menu, model, recorded
 from fastshard.tune.problem import AUTO, Measurement, Problem, rejected
 from fastshard.tune.recorded import Replay
 from fastshard.tune.search import Found, Search, mean_gain
+from fastshard.tune.space import MENU, OPEN
 
 STUDY = Path(__file__).parent / "data" / "h200.json"
 """Every legal variant at the shapes of llama-3.1-8b, by ``fastshard tune --strategy all``."""
@@ -48,22 +49,25 @@ def test_the_same_seed_measures_the_same(study, strategy):
 def test_all_measures_all(study):
     search = searched(study, 1e9, strategy="all")
     for found in search.found:
-        assert found.measured.keys() == set(space.legal_variants(found.problem))
+        assert found.measured.keys() == set(MENU.legal_variants(found.problem))
         known = [study.get(found.problem, name) for name in found.measured]
         assert found.best[1] == min([1.0, *(each.ratio for each in known)])
 
 
 def test_evolution_beats_chance_at_equal_budget(study):
-    """By the share of what can be gained that is found, over many seeds."""
+    """By the share of what can be gained that is found, over several seeds.
+
+    Of the 140 s that all takes; before 40 s neither has come to the problems with a gain.
+    """
     most = gain(searched(study, 1e9, strategy="all")) - 1
     assert most > 0
-    for budget in (40, 80):
+    for budget in (60, 80):
         shares = {
             strategy: fsum(
                 (gain(searched(study, budget, strategy=strategy, seed=seed)) - 1) / most
-                for seed in range(20)
+                for seed in range(10)
             )
-            / 20
+            / 10
             for strategy in ("evolve", "random")
         }
         assert shares["evolve"] > shares["random"], shares  # played back: no noise
@@ -110,7 +114,7 @@ def test_what_costs_too_much_on_paper_is_left_out_with_its_reason():
     measurer = Scripted(lambda problem, name: timed(9.0))
     (found,) = run(measurer, [PROMPT], figures=model.A10).found
     asked = {name for _, names in measurer.asked for name in names}
-    left_out = model.pruned(PROMPT, space.legal_variants(PROMPT), model.A10)
+    left_out = model.pruned(PROMPT, MENU.legal_variants(PROMPT), model.A10)
     assert left_out
     assert not asked & left_out.keys()
     assert found.left_out.items() >= left_out.items()
@@ -146,6 +150,14 @@ def test_what_is_near_the_limit_is_left_alone_by_evolution_only():
     assert len(measurer.asked) > 3
 
 
+def test_the_sampler_is_not_asked_where_nothing_is_left():
+    """There is one way beside auto."""
+    layer = Problem("linear", "bfloat16", (4, 64, 64))
+    (species,) = run(Scripted(lambda problem, name: timed(9.0)), [layer])._species
+    assert list(species.found.measured) == ["library"]
+    assert len(species._study.trials) == 1
+
+
 def test_the_budget_ends_the_search():
     measurer = Scripted(lambda problem, name: timed(9.0))
     run(measurer, [PROMPT, NEAR], budget=1)
@@ -171,3 +183,39 @@ def test_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(RuntimeError, match=r"pip install 'fastshard\[tune\]'"):
         Search(Scripted(None), [PROMPT])
+
+
+def test_a_winner_outside_the_menu_is_an_addition_and_never_in_a_table():
+    found = Found(NORM, {"320x3": timed(5.0), "128x4": timed(8.0), "256x4": timed(9.0)})
+    assert (found.best[0], found.winner, found.addition) == ("320x3", "128x4", "320x3")
+    found.measured["128x4"] = timed(5.05)
+    assert (found.winner, found.addition) == ("128x4", None), "not worth another kernel"
+    found = Found(NORM, {"320x3": timed(9.7)})
+    assert (found.winner, found.addition) == (None, "320x3")
+    found = Found(NORM, {"320x3": timed(9.9)})
+    assert (found.winner, found.addition) == (None, None)
+    found = Found(NORM, {"128x4": timed(8.0)})
+    assert (found.winner, found.addition) == ("128x4", None)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "fused_mlp"])
+def test_the_open_space_is_searched(op):
+    """What is fastest is outside the menu, and is found in a fraction of the measurements."""
+    shape = (64, 4096) if op == "rms_norm" else (512, 4096, 14336)
+    problem = Problem(op, "bfloat16", shape)
+    best = "192x4" if op == "rms_norm" else "tiles_128x192_32x3_4x2"
+    legal = OPEN.legal_variants(problem)
+    wanted = OPEN.genes_of(problem, best)
+
+    def us(problem, variant):
+        genes = OPEN.genes_of(problem, variant)
+        return timed(5.0 + sum(genes[name] != value for name, value in wanted.items()))
+
+    measurer = Scripted(us)
+    search = Search(measurer, [problem], seed=1, space=OPEN)
+    search.run(60, lambda: float(len(search.found[0].measured)))
+    found = search.found[0]
+    assert not menu.has(op, found.addition)
+    assert found.best[1] <= 0.6
+    assert len(found.measured) <= min(65, len(legal))
+    assert set(found.measured) <= set(legal)

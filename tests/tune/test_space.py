@@ -8,8 +8,10 @@ import torch
 
 from fastshard.bench.presets import PRESETS, preset
 from fastshard.ops.variants import COUNTS, read_table
-from fastshard.tune import inputs, model, shapes, space
+from fastshard.tune import inputs, menu, model, shapes, space
 from fastshard.tune.problem import AUTO, SIZES, Problem
+from fastshard.tune.space import MENU, OPEN
+from fastshard.tune.tile import tile_named
 from helpers import KERNELS_ONLY
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -18,15 +20,23 @@ PROMPT = Problem("attention", "bfloat16", (1, 2048, 2048, 32, 8, 128))
 
 
 def reasons(problem):
-    return {each.variant: each.why_illegal for each in space.candidates(problem)}
+    return {each.variant: each.why_illegal for each in MENU.candidates(problem)}
 
 
 def test_menus_are_those_of_the_sources():
-    source = (CSRC / "norm" / "row.cuh").read_text()
-    configs = re.findall(r"RowConfig<(\d+), \d+, (\d+)>[,>]", source.split("using RowConfigs")[1])
-    assert [f"{threads}x{vecs}" for threads, vecs in configs] == list(space.ROW_CONFIGS)
-    tiles = re.findall(r"\{GemmTileSize::k(\w+),", (CSRC / "gemm" / "choose_tile.h").read_text())
-    assert tiles == list(space.TILES)
+    rows = lines_of_menu(CSRC / "norm" / "row.h", "kRowMenu")
+    assert [f"{threads}x{vecs}" for threads, vecs in rows] == list(menu.ROW_CONFIGS)
+    tiles = lines_of_menu(CSRC / "gemm" / "choose_tile.h", "kGemmMenu")
+    assert [name for name, *_ in tiles] == list(menu.TILES)
+    for name, *config, _speed in tiles:
+        assert tile_named(name).config == tuple(map(int, config))
+        assert tile_named(name).why_illegal() is None
+
+
+def lines_of_menu(path, name):
+    """The values of each line between the braces."""
+    text = path.read_text().split(f"{name}[] = {{\n")[1].split("\n};")[0]
+    return [re.findall(r"\w+", line.split("//")[0]) for line in text.split("\n")]
 
 
 @pytest.mark.parametrize(
@@ -53,8 +63,56 @@ def test_reasons(problem, variant, why):
     assert found is None if why is None else why in found
 
 
+NORM = Problem("rms_norm", "float16", (1, 4096))
+MLP = Problem("fused_mlp", "float16", (64, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("problem", "variant", "why"),
+    [
+        (NORM, "192x3", None),
+        (NORM, "128x4", None),
+        (NORM, "1024x1", "1024 threads, at most 512 outside the menu"),
+        (NORM, "512x7", "about 136 registers a thread, at most 128"),
+        (NORM, "320x1", "holds 5120 bytes of a row of 8192"),
+        (NORM, "512x5", "has room for 40960 bytes"),
+        (MLP, "tiles_128x192_32x4_4x2", None),
+        (MLP, "tiles_128x256", None),
+        (MLP, "tiles_16x32_32x2_1x1", "32 threads, not 64 to 512"),
+        (MLP, "tiles_128x192_64x4_4x2", "163840 bytes of shared memory, at most 101376"),
+        (MLP, "tiles_128x192_32x2_2x2", "about 320 registers a thread, at most 255"),
+        (MLP, "tiles_128x256_32x2_4x4", "about 160 registers a thread, at most 128"),
+        (MLP, "tiles_32x64_32x2_1x2", "64 threads copy 16 rows of a stage at a time"),
+        (MLP, "tiles_64x96_64x2_4x1", "128 threads copy 16 rows"),
+        (MLP, "tiles_64x128_32x2_4x4", "512 threads copy 128 rows .* divide 64 and 128"),
+    ],
+)
+def test_reasons_outside_the_menu(problem, variant, why):
+    found = {each.variant: each.why_illegal for each in OPEN.candidates(problem)}
+    assert found[variant] is None if why is None else re.search(why, found[variant])
+
+
+def test_the_open_space_has_the_menu_and_more():
+    for problem in (NORM, MLP, PROMPT, DECODE):
+        both = MENU.legal_variants(problem), OPEN.legal_variants(problem)
+        assert set(both[0]) <= set(both[1])
+        assert all(menu.has(problem.op, name) for name in both[0])
+        added = [name for name in both[1] if name not in both[0]]
+        assert not any(menu.has(problem.op, name) for name in added)
+        assert (len(added) > 30) == (problem in (NORM, MLP))
+
+
+@pytest.mark.parametrize(
+    "name", ["320x3", "128x192", "128x192_32x4_3x2", "64x128_32x4_2x2", "0x0_1x1_1x1"]
+)
+def test_names_that_are_no_tile(name):
+    with pytest.raises(ValueError, match=f"must have a name like 128x192_32x4_4x2, got '{name}'"):
+        tile_named(name)
+
+
+@pytest.mark.parametrize("space", [MENU, OPEN], ids=["menu", "open"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_problem_has_legal_variants_that_are_modelled(name):
+def test_every_problem_has_legal_variants_that_are_modelled(name, space):
     for problem in shapes.problems(preset(name), "bfloat16"):
         legal = space.legal_variants(problem)
         assert legal
@@ -62,6 +120,7 @@ def test_every_problem_has_legal_variants_that_are_modelled(name):
         assert len(set(legal)) == len(legal)
         for variant in legal:
             assert model.modelled_us(problem, variant, model.A10) > 0
+        for variant in legal if space is MENU else legal[-3:]:
             genes = space.genes_of(problem, variant)
             assert space.candidate(problem, genes).variant == variant
         left_out = model.pruned(problem, legal, model.A10)
@@ -94,7 +153,7 @@ def test_kernels_take_every_legal_variant_and_give_the_answer(problem, device):
     made = inputs.make(problem, device, 1, seed=0)
     golden, plain = made.golden(), made.plain()
     allowed = 2 * (plain.double() - golden).norm()
-    for variant in [AUTO, *space.legal_variants(problem)]:
+    for variant in [AUTO, *MENU.legal_variants(problem)]:
         if variant == "library" and problem.op == "attention" and device.type == "cpu":
             continue  # PyTorch's own, which the emulator does not stand in for
         out = made.sample(made.call(0, variant))
@@ -133,4 +192,4 @@ def test_shipped_tables_are_legal(path):
     table = read_table(path)
     for entry in table.entries:
         problem = Problem(entry.op, entry.dtype, entry.shape)
-        assert entry.variant in space.legal_variants(problem), entry
+        assert entry.variant in MENU.legal_variants(problem), entry
