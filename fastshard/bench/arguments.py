@@ -5,7 +5,17 @@ from pathlib import Path
 
 from fastshard.arguments import DTYPES, PLOT_FORMATS, argument, count, number
 
-BENCHMARKS = ("attention", "linear", "mlp", "norm", "prefill", "decode", "start", "load")
+BENCHMARKS = (
+    "attention",
+    "linear",
+    "mlp",
+    "norm",
+    "prefill",
+    "decode",
+    "start",
+    "load",
+    "adapters",
+)
 COMMANDS = ("bench compare", "bench plot")
 """Commands whose names are two words."""
 DECODE_MODES = ("persistent", "graph", "eager")

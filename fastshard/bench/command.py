@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fastshard.bench import (
+    adapters,
     attention,
     decode,
     kernels,
@@ -36,7 +37,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Problem]]] = {
     "prefill": prefill.problems,
     "decode": decode.problems,
 }
-PROCESSES = {"start": start, "load": load}
+PROCESSES = {"start": start, "load": load, "adapters": adapters}
 """Benchmarks that measure processes of their own."""
 NAMES = (*BENCHMARKS, *PROCESSES)
 """In the order in which they run."""

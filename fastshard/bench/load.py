@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import fastshard
+from fastshard.bench import processes
 from fastshard.bench.case import Settings
 from fastshard.bench.checkpoints import write_checkpoint
 from fastshard.bench.presets import PRESETS
@@ -66,13 +67,7 @@ def _in_a_process(config: Mapping, device: str) -> dict:
     """What ``measure`` finds of a random checkpoint in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), config)
-        path = Path(folder) / "measured.json"
-        command = [*_MEASURE, folder, "--device", device, "--json", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:]
-            return {"error": " ".join(last) or f"exit status {done.returncode}"}
-        return json.loads(path.read_text())
+        return processes.result_of([*_MEASURE, folder, "--device", device], TIMEOUT)
 
 
 def num_layers(gib: float) -> int:

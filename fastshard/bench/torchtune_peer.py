@@ -70,7 +70,7 @@ class TorchtuneDecoder:
         is_accelerated: bool = False,
         is_captured: bool = False,
     ):
-        self._decoder = _decoder(model.config, model.device)
+        self._decoder = decoder(model.config, model.device)
         state = {name: weight.contiguous() for name, weight in model.state_dict().items()}
         self._decoder.load_state_dict(state, assign=True)
         self._decoder.requires_grad_(False).eval()
@@ -137,8 +137,16 @@ def _torchtune() -> Iterator[ModuleType]:
         yield modules
 
 
-def _decoder(config: ModelConfig, device: torch.device) -> nn.Module:
-    """Built as torchtune's component builders do, its weights not yet there."""
+def decoder(config: ModelConfig, device: torch.device) -> nn.Module:
+    """A ``TransformerDecoder`` as torchtune's component builders make it, with weights on meta.
+
+    Args:
+        config: Of the model.
+        device: Of what is not in its state dict.
+
+    Raises:
+        Unavailable: torchtune is not installed, or has no such model.
+    """
     if config.hidden_act != "silu" or config.qk_norm or config.rotary_dim != config.head_dim:
         raise Unavailable("torchtune has no such model")
     with _torchtune() as modules:
