@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from fastshard.checkpoint import Checkpoint, even_split
+from fastshard.checkpoint import Checkpoint
+from fastshard.dist import even_split
 from fastshard.generate import TextStream
 from fastshard.loading import demo_model, load_chain
 from fastshard.progress import Progress

@@ -10,7 +10,6 @@ from fastshard.checkpoint import (
     Checkpoint,
     GenerationDefaults,
     TextTokenizer,
-    check_fit,
     load_weights,
 )
 from fastshard.devices import (
@@ -20,6 +19,7 @@ from fastshard.devices import (
     default_device,
     default_dtype,
 )
+from fastshard.dist import check_cover, check_fit
 from fastshard.generate import ShardChain, TextGenerator
 from fastshard.models import Shard, ShardedGeneralModel
 
@@ -92,11 +92,7 @@ def load_chain(
         ValueError: they leave a layer out or hold one twice. Else as ``load``.
     """
     n_layers = checkpoint.config.num_layers
-    if [i for part in layers for i in part] != list(range(n_layers)) or not all(map(len, layers)):
-        raise ValueError(
-            f"layers must hold each of 0-{n_layers - 1} once, in order, got "
-            + ",".join(f"{part.start}-{part.stop - 1}" for part in layers)
-        )
+    check_cover(layers, n_layers)
     shards = [Shard(checkpoint.name, part.start, part.stop - 1, n_layers) for part in layers]
     return ShardChain(_load(checkpoint, shards, device, dtype, True, max_generated_tokens, report))
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastshard
-from fastshard.checkpoint import Checkpoint, even_split
+from fastshard.checkpoint import Checkpoint
+from fastshard.dist import even_split
 from fastshard.loading import demo_model, load_chain
 from helpers import CUDA_ONLY, assert_as_accurate
 

@@ -1,6 +1,7 @@
 """Files about the project agree with the package: versions, places, and pages that are linked."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import fastshard
@@ -46,3 +47,11 @@ def test_every_page_is_in_the_index():
     assert {page for page in pages if f"({page})" not in index} == set()
     for example in ROOT.glob("examples/*.py"):
         assert f"`{example.name}`" in index
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    """By default pytest does not look into a folder called dist."""
+    folders = {path.parent.name for path in ROOT.glob("tests/**/test_*.py")}
+    assert "dist" in folders
+    skipped = pytestconfig.getini("norecursedirs")
+    assert [name for name in folders if any(fnmatch(name, skip) for skip in skipped)] == []

@@ -2,7 +2,16 @@
 
 from fastshard.models.config import ModelConfig
 from fastshard.models.decoder import GeneralMHA, ShardTransformerDecoder
+from fastshard.models.footprint import ModelBytes, model_bytes
 from fastshard.models.model import ShardedGeneralModel
 from fastshard.models.shard import Shard
 
-__all__ = ["GeneralMHA", "ModelConfig", "Shard", "ShardTransformerDecoder", "ShardedGeneralModel"]
+__all__ = [
+    "GeneralMHA",
+    "ModelBytes",
+    "ModelConfig",
+    "Shard",
+    "ShardTransformerDecoder",
+    "ShardedGeneralModel",
+    "model_bytes",
+]

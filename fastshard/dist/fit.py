@@ -1,0 +1,46 @@
+"""Whether shards fit on one device, and which cut would."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fastshard.dist.partition import split_that_fits
+from fastshard.models import ModelConfig, Shard, model_bytes
+
+_WORKSPACE_BYTES = 256 << 20  # activations, library handles and workspaces of a running model
+
+
+def check_fit(
+    config: ModelConfig,
+    shards: Sequence[Shard],
+    device: torch.device,
+    dtype: torch.dtype,
+    context: int,
+    available: int,
+) -> None:
+    """Raise where the shards together need more than ``available`` bytes of ``device``.
+
+    Raises:
+        RuntimeError: says what is needed, what is there, and the shards that would fit.
+    """
+    sizes = model_bytes(config, dtype, context)
+    needed = _WORKSPACE_BYTES + sum(sizes.needed(shard.layers) for shard in shards)
+    if needed <= available:
+        return
+    parts = split_that_fits(sizes, available, _WORKSPACE_BYTES)
+    if parts is None:
+        advice = "not even one layer a device would fit"
+    elif len(parts) == 1:
+        advice = "the whole model would fit as one shard"
+    else:
+        layers = ",".join(f"{part.start}-{part.stop - 1}" for part in parts)
+        advice = f"{len(parts)} shards on devices like this would fit: layers {layers}"
+    raise RuntimeError(
+        f"{_describe(shards)} of the model in {dtype} with a cache of "
+        f"{min(context, config.max_seq_len)} tokens needs {needed / 2**30:.2f} GiB on {device}, "
+        f"which has {available / 2**30:.2f} GiB free; {advice}"
+    )
+
+
+def _describe(shards: Sequence[Shard]) -> str:
+    return "layers " + ",".join(f"{shard.start_layer}-{shard.end_layer}" for shard in shards)
