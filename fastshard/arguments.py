@@ -72,6 +72,14 @@ def number(text: str) -> float:
     return value
 
 
+@argument("positive sizes in GB, like 24,24,16")
+def gigabytes(text: str) -> list[float]:
+    values = [float(part) for part in text.split(",")]
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError
+    return values
+
+
 @argument("a time like 90s or 5m")
 def seconds(text: str) -> float:
     value = float(text.rstrip("sm")) * {"m": 60}.get(text[-1:], 1)

@@ -1,5 +1,5 @@
-"""The command line: ``fastshard generate``, ``bench``, ``bench compare``, ``bench plot``, ``tune``,
-``profile``, ``info`` and ``completion``.
+"""The command line: ``fastshard generate``, ``plan``, ``bench``, ``bench compare``, ``bench plot``,
+``tune``, ``profile``, ``info`` and ``completion``.
 
 Of ``generate`` only the text goes to stdout; progress, figures and errors go to stderr. Exit
 status: 0, 2 where the command line is wrong, 1 for everything else that fails.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import fastshard
-from fastshard import generate_command
+from fastshard import generate_command, plan_command
 from fastshard.arguments import DTYPES, PLOT_FORMATS, Parser, count, layers, number, seconds, whole
 from fastshard.bench import arguments as bench_arguments
 from fastshard.completion import SHELLS, script
@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=fastshard.__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
+    plan_command.add_command(commands)
     bench_arguments.add_commands(commands)
     _add_tune(commands)
     _add_profile(commands)

@@ -1,7 +1,11 @@
 """Shapes of published models, as the Hugging Face ``config.json`` that comes with each."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from fastshard.checkpoint import Checkpoint
 from fastshard.models import ModelConfig
 
 _LLAMA3_ROPE = {
@@ -112,3 +116,26 @@ def preset(name: str, *, num_layers: int | None = None, max_seq_len: int | None 
         config = replace(config, **{key: asked})
     windowed = tuple(i for i in config.windowed_layers if i < config.num_layers)
     return replace(config, windowed_layers=windowed)
+
+
+def find_model(name: str) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """Config of a folder's, a preset's or the hub's model, and the ``config.json`` it came from.
+
+    Reads no weights.
+
+    Args:
+        name: Of a preset, unless there is such a folder; with a slash a hub id.
+
+    Raises:
+        ValueError: it is none of these, or (``CheckpointError``) the ``config.json`` is missing,
+            wrong, or cannot be fetched.
+    """
+    if Path(name).is_dir() or "/" in name:
+        checkpoint = Checkpoint(name)
+        return checkpoint.config, checkpoint.raw_config
+    if name not in PRESETS:
+        raise ValueError(
+            f"model must be a folder, a hub id like owner/name, or one of {', '.join(PRESETS)}, "
+            f"got {name!r}"
+        )
+    return preset(name), PRESETS[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastshard.bench.presets import PRESETS, preset
+from fastshard.bench.presets import PRESETS, find_model, preset
 from fastshard.environment import cache_dir
 from fastshard.files import replace_text
 from fastshard.ops import variants
@@ -196,15 +196,7 @@ def _problems(model_name: str, ops: Sequence[str] | None, dtype: str) -> list[Pr
     for op in ops or ():
         if op not in SIZES:
             raise ValueError(f"op must be one of {', '.join(SIZES)}, got {op!r}")
-    if Path(model_name).is_dir():
-        from fastshard.checkpoint import Checkpoint
-
-        config = Checkpoint(model_name).config
-    elif model_name in PRESETS:
-        config = preset(model_name)
-    else:
-        presets = ", ".join(PRESETS)
-        raise ValueError(f"model must be a folder or one of {presets}, got {model_name!r}")
+    config, _ = find_model(model_name)
     found = shapes.problems(config, dtype)
     chosen = [problem for problem in found if ops is None or problem.op in ops]
     if not chosen:

@@ -151,7 +151,10 @@ def other_study(path):
     ("arguments", "message"),
     [
         (("--op", "gelu"), "op must be one of rms_norm, .*, got 'gelu'"),
-        (("--model", "gpt-2"), "model must be a folder or one of llama-3.2-1b, .*, got 'gpt-2'"),
+        (
+            ("--model", "gpt-2"),
+            "model must be a folder, .* or one of llama-3.2-1b, .*, got 'gpt-2'",
+        ),
         (("--op", "layer_norm"), "llama-3.1-8b has no layer_norm"),
         (("--budget", "1s"), "budget must be at least 5 s, got 1 s"),
         (("--plot", "a.txt"), "plot must be a file that ends in"),
