@@ -70,3 +70,19 @@ def test_sizes_are_named_in_gib():
         r"this would fit: layers 0-15,16-31",
     ):
         check_fit(config, [shard], torch.device("cuda:0"), torch.bfloat16, 1024, int(9.5 * 2**30))
+
+
+def test_the_workspace_is_needed_once_a_device(monkeypatch):
+    """Beside shards on one device once, and in the advice by each device."""
+    config = ModelConfig.from_dict(make_reference("llama").config.to_dict())
+    cpu = torch.device("cpu")
+    sizes = model_bytes(config, torch.float32, 16)
+    shards = [Shard("tiny", 0, 0, 3), Shard("tiny", 1, 2, 3)]
+    monkeypatch.setattr(fit, "_WORKSPACE_BYTES", sizes.layer)
+    needed = sizes.layer + sum(sizes.needed(shard.layers) for shard in shards)
+    check_fit(config, shards, cpu, torch.float32, 16, needed)
+    with pytest.raises(RuntimeError, match="the whole model would fit as one shard$"):
+        check_fit(config, shards, cpu, torch.float32, 16, needed - 1)
+    whole = sizes.layer + sizes.needed(range(3))
+    with pytest.raises(RuntimeError, match="would fit: layers 0-[01],[12]-2$"):
+        check_fit(config, shards, cpu, torch.float32, 16, whole - 1)
