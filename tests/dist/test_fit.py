@@ -81,8 +81,8 @@ def test_the_workspace_is_needed_once_a_device(monkeypatch):
     monkeypatch.setattr(fit, "_WORKSPACE_BYTES", sizes.layer)
     needed = sizes.layer + sum(sizes.needed(shard.layers) for shard in shards)
     check_fit(config, shards, cpu, torch.float32, 16, needed)
-    with pytest.raises(RuntimeError, match="the whole model would fit as one shard$"):
+    with pytest.raises(RuntimeError, match=r"the whole model would fit as one shard$"):
         check_fit(config, shards, cpu, torch.float32, 16, needed - 1)
     whole = sizes.layer + sizes.needed(range(3))
-    with pytest.raises(RuntimeError, match="would fit: layers 0-[01],[12]-2$"):
+    with pytest.raises(RuntimeError, match=r"would fit: layers 0-[01],[12]-2$"):
         check_fit(config, shards, cpu, torch.float32, 16, whole - 1)
