@@ -223,7 +223,8 @@ def split_that_fits(sizes: ModelBytes, available: int, reserve: int = 0) -> list
     num_layers = sizes.num_layers
     if not all(fits(part) for part in even_split(num_layers, num_layers)):
         return None
-    for count in range(1, num_layers):
+    fewest = math.ceil(sizes.needed(range(num_layers)) / (available - reserve))
+    for count in range(fewest, num_layers):
         layers = smallest_largest_share(sizes, [available] * count, reserve)
         if all(map(fits, layers)):
             return layers
