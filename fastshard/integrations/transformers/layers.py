@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from fastshard.integrations.transformers.modules import MLP
 
 
-class _FusedLayer:
+class FusedLayer:
     """The forward pass of all four families' layers."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
@@ -25,19 +25,19 @@ class _FusedLayer:
         return residual + self.mlp(h)
 
 
-class FusedLlamaLayer(_FusedLayer, LlamaDecoderLayer):
+class FusedLlamaLayer(FusedLayer, LlamaDecoderLayer):
     pass
 
 
-class FusedMistralLayer(_FusedLayer, MistralDecoderLayer):
+class FusedMistralLayer(FusedLayer, MistralDecoderLayer):
     pass
 
 
-class FusedQwen2Layer(_FusedLayer, Qwen2DecoderLayer):
+class FusedQwen2Layer(FusedLayer, Qwen2DecoderLayer):
     pass
 
 
-class FusedQwen3Layer(_FusedLayer, Qwen3DecoderLayer):
+class FusedQwen3Layer(FusedLayer, Qwen3DecoderLayer):
     pass
 
 

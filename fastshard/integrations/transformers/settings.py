@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from fastshard.integrations.transformers.attention import NAME
-from fastshard.integrations.transformers.modules import Projection
 from fastshard.integrations.transformers.step import StepForward
+from fastshard.integrations.transformers.step_rules import may_step
 from fastshard.nn.linear import PackedLinears
 
 _ATTRIBUTE = "_fastshard_settings"
@@ -29,7 +29,7 @@ class Settings:
             model.generation_config.disable_compile = True
         model.__dict__[_ATTRIBUTE] = self
         model.__dict__["save_pretrained"] = _Saving(model, self)
-        if isinstance(model.get_output_embeddings(), Projection):
+        if may_step(model):
             model.__dict__["forward"] = StepForward(model)
 
     @staticmethod

@@ -5,9 +5,10 @@ Every other call, and a model that ``ops.decode_step`` does not take, goes throu
 
 import inspect
 import warnings
+import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -15,16 +16,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastshard import ops
 from fastshard.integrations.transformers.modules import (
     CAPTURING_HOOK,
-    MLP,
-    Projection,
     check_room,
-    static_layer,
 )
-from fastshard.ops.decode import DecodeArguments, DecodeWeights
+from fastshard.integrations.transformers.step_rules import (
+    cache_of,
+    is_step,
+    only,
+    refusal,
+    weights_of,
+)
+from fastshard.ops.decode import DecodeArguments
 
-_SETTINGS = {"use_cache": (None, True), "return_dict": (None, True), "logits_to_keep": (0, 1)}
-"""Arguments of ``forward`` and the values that a step goes with; of others None and False."""
-_GIVEN = ("cache", "past_key_values", "attention_mask", "position_ids")
 _NOT_RESIDENT = "decode_step: cannot be resident"
 
 
@@ -34,7 +36,11 @@ class StepForward:
     def __init__(self, model: PreTrainedModel):
         self._model = model
         self._step: _Step | None = None
-        self._refusals: dict[int, str] = {}  # batch -> why it is not run so
+        self._refusals: dict[tuple, str] = {}  # batch, sizes and places -> why it is not run so
+
+    def __getstate__(self) -> dict:
+        """Without the step: it is of this model's memory, which a copy has not."""
+        return self.__dict__ | {"_step": None, "_refusals": {}}
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -46,7 +52,7 @@ class StepForward:
         """As ``forward`` of the model's class."""
         logits = None
         if not torch.compiler.is_compiling():
-            mask = _only(kwargs.get("attention_mask"))
+            mask = only(kwargs.get("attention_mask"))
             step = None if args else self._step_for(input_ids, mask, kwargs)
             logits = None if step is None else self._take(step, input_ids, mask, kwargs)
         if logits is not None:
@@ -57,45 +63,56 @@ class StepForward:
 
     def _step_for(self, input_ids: Tensor | None, mask: object, kwargs: dict) -> "_Step | None":
         """The step that this call is, or None."""
-        model, cache = self._model, _cache(kwargs)
-        if not _is_step(model, input_ids, mask, kwargs) or len(input_ids) in self._refusals:
+        model, cache = self._model, cache_of(kwargs)
+        if not is_step(model, input_ids, mask, kwargs):
             return None
-        held = (cache, len(input_ids), *_pointers(model))
-        if self._step is None or self._step.held != held:
-            reason = _refusal(model, cache, len(input_ids))
-            if reason is not None:
-                self._refusals[len(input_ids)] = reason
+        step = self._step  # another thread may put its own there
+        if step is None or not step.is_of(cache, len(input_ids)):
+            key = _refusal_key(model, cache, len(input_ids))
+            if key in self._refusals:
                 return None
-            self._step = _Step(model, cache, held)
-        return None if self._step.is_hooked() else self._step
+            reason = refusal(model, cache, len(input_ids))
+            if reason is not None:
+                self._refusals[key] = reason
+                return None
+            step = self._step = _Step(model, weakref.ref(cache, self._forget), len(input_ids))
+        return None if step.is_watched() else step
+
+    def _forget(self, cache: weakref.ref) -> None:
+        """Let go of the weights with the cache, which nobody has any more."""
+        self._step = None
 
     def _take(
         self, step: "_Step", input_ids: Tensor, mask: Tensor | None, kwargs: dict
     ) -> Tensor | None:
         """``[b, 1, vocab_size]``, or None where the GPU cannot run it."""
+        cache = cache_of(kwargs)
         try:
-            return step(input_ids, mask, kwargs.get("position_ids"))
+            return step(input_ids, mask, kwargs.get("position_ids"), cache)
         except RuntimeError as error:
             if _NOT_RESIDENT not in str(error):
                 raise
             reason = str(error).splitlines()[0]
-        self._refusals[len(input_ids)] = reason
+        self._refusals[_refusal_key(self._model, cache, len(input_ids))] = reason
         warnings.warn(f"tokens go through the layers: {reason}", RuntimeWarning, stacklevel=3)
         return None
 
 
 class _Step:
-    """The steps of one prompt. The op's arguments are checked with the first of them."""
+    """The steps of one prompt. The op's arguments are checked with the first of them.
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, held: tuple):
-        self.held = held
-        decoder, batch = model.base_model, held[1]
+    The cache is not held: it is the caller's to let go of.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: weakref.ref, batch: int):
+        self._cache, self._batch = cache, batch
+        decoder = model.base_model
         attentions = [layer.self_attn for layer in decoder.layers]
-        weights = _weights(model)
+        weights = weights_of(model)
         num_heads = decoder.config.num_attention_heads
         vocab_size = len(weights.head)
         self._rotary, self._dtype = decoder.rotary_emb, weights.head.dtype
-        self._weights, self._layers = weights, cache.layers
+        self._weights = weights
         with torch.inference_mode(False):  # later steps may be outside of it
             workspace = ops.new_decode_workspace(weights, batch, num_heads=num_heads)
             out = weights.head.new_empty((batch, vocab_size), dtype=torch.float32)
@@ -110,18 +127,45 @@ class _Step:
         }
         self._arguments: DecodeArguments | None = None
         self._modules = [module for module in model.modules() if module is not model]
+        self._places = self._find_places()
 
-    def is_hooked(self) -> bool:
-        """Whether somebody waits for the call of a module."""
-        return any(
-            getattr(hook, "__name__", "") != CAPTURING_HOOK
+    def is_of(self, cache: Cache, batch: int) -> bool:
+        """Whether it is of this cache and batch, and the weights are where they were."""
+        is_same = self._cache() is cache and self._batch == batch
+        return is_same and self._places == self._find_places()
+
+    def _find_places(self) -> list[tuple]:
+        return [
+            (parameter.data_ptr(), parameter.dtype)
             for module in self._modules
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            for hook in hooks.values()
-        )
+            for parameter in module._parameters.values()
+            if parameter is not None
+        ]
+
+    def is_watched(self) -> bool:
+        """Whether somebody waits for the call of a module, or for gradients."""
+        if nn.modules.module._has_any_global_hook():
+            return True
+        needs_grad = torch.is_grad_enabled()
+        for module in self._modules:
+            if "forward" in module.__dict__:
+                return True
+            if module._forward_hooks or module._forward_pre_hooks:
+                hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+                if any(getattr(hook, "__name__", "") != CAPTURING_HOOK for hook in hooks):
+                    return True
+            if needs_grad and any(
+                p is not None and p.requires_grad for p in module._parameters.values()
+            ):
+                return True
+        return False
 
     def __call__(
-        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache,
     ) -> Tensor:
         """Logits ``[b, 1, vocab_size]`` in the model's dtype; appends to the cache.
 
@@ -129,9 +173,11 @@ class _Step:
             input_ids: ``[b, 1]``.
             mask: None or a span, as in ``attention`` beside this module.
             position_ids: ``[b | 1, 1]``; by default the length of the cache.
+            cache: Of static layers.
         """
-        check_room(self._layers[0], 1)
-        b, length = len(input_ids), self._layers[0].cumulative_length
+        layers = cache.layers
+        check_room(layers[0], 1)
+        b, length = len(input_ids), layers[0].cumulative_length
         position_ids = length.view(1, 1) if position_ids is None else position_ids
         table, rows, overflow = self._rotary(input_ids, position_ids)
         inputs = {
@@ -142,113 +188,24 @@ class _Step:
             "first_key": None if mask is None else mask[:, 0, 0, 0].expand(b).contiguous(),
             "overflow": overflow,
             # Beam search puts others in their place.
-            "k_cache": [layer.keys for layer in self._layers],
-            "v_cache": [layer.values for layer in self._layers],
+            "k_cache": [layer.keys for layer in layers],
+            "v_cache": [layer.values for layer in layers],
         }
         if self._arguments is None:
             x = inputs.pop("x")
             ops.decode_step(x, self._weights, **inputs, **self._state)
+            inputs |= {"k_cache": [], "v_cache": []}
             self._arguments = DecodeArguments(
                 x=x, weight_in_fp32=False, **vars(self._weights), **inputs, **self._state
             )
         else:
             torch.ops.fastshard.decode_step.default(*self._arguments._replace(**inputs))
-        torch._foreach_add_([layer.cumulative_length for layer in self._layers], 1)
+        torch._foreach_add_([layer.cumulative_length for layer in layers], 1)
         torch._assert_async(overflow == 0, "a static cache is full, or there is no such token")
         return self._state["out"].to(self._dtype, copy=True)[:, None]
 
 
-def _cache(kwargs: dict) -> object:
-    """The cache, by its name before transformers 5.24 too."""
-    return kwargs.get("cache", kwargs.get("past_key_values"))
-
-
-def _only(mask: object) -> object:
-    """The mask of all layers, where ``generate`` made one for each type of layer and has one."""
-    is_for_all = isinstance(mask, dict) and list(mask) == ["full_attention"]
-    return mask["full_attention"] if is_for_all else mask
-
-
-def _is_step(model: PreTrainedModel, input_ids: Tensor | None, mask: object, kwargs: dict) -> bool:
-    """Whether a call is for one token a row over a plain static cache that holds a prompt."""
-    cache, config = _cache(kwargs), model.config
-    if model.training or config.output_hidden_states or not config.return_dict:
-        return False
-    if input_ids is None or input_ids.shape[1:] != (1,):
-        return False
-    if not isinstance(cache, Cache) or len(cache.layers) == 0:
-        return False
-    layers = [static_layer(cache, i) for i in range(len(cache.layers))]
-    if not all(layer is not None and layer.is_initialized for layer in layers):
-        return False
-    is_span = isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int64
-    return (mask is None or is_span) and all(
-        name in _GIVEN or any(value is known for known in _SETTINGS.get(name, (None, False)))
-        for name, value in kwargs.items()
-    )
-
-
-def _refusal(model: PreTrainedModel, cache: Cache, batch: int) -> str | None:
-    """Why the op cannot take this model and batch, or None."""
-    decoder = model.base_model
-    layers, head = decoder.layers, model.get_output_embeddings()
-    attention = layers[0].self_attn
-    head_dim, num_heads = attention.head_dim, decoder.config.num_attention_heads
-    if len(cache.layers) != len(layers):
-        return f"the cache must have {len(layers)} layers, got {len(cache.layers)}"
-    if not isinstance(head, Projection) or head.bias is not None:
-        return "the output layer must be a linear one without bias"
-    if not all(isinstance(layer.mlp, MLP) for layer in layers):
-        return "the MLPs are transformers' own"
-    if attention.scaling != head_dim**-0.5:
-        return f"attention must be scaled by head_dim ** -0.5, got {attention.scaling}"
-    weight = head.weight
-    if weight.is_cuda and weight.dtype not in (torch.float16, torch.bfloat16):
-        return f"weights must be float16 or bfloat16 on a GPU, got {weight.dtype}"
-    return ops.decode_step_refusal(
-        batch=batch,
-        hidden_size=decoder.config.hidden_size,
-        intermediate_size=decoder.config.intermediate_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads // attention.num_key_value_groups,
-        head_dim=head_dim,
-        num_layers=len(layers),
-        activation=layers[0].mlp.activation,
-    )
-
-
-def _weights(model: PreTrainedModel) -> DecodeWeights:
-    """As the op takes them: the modules' own memory, no copies."""
-    decoder, layers = model.base_model, model.base_model.layers
-    attentions = [layer.self_attn for layer in layers]
-
-    def each(tensors) -> list[Tensor]:
-        found = [tensor for tensor in tensors if tensor is not None]
-        return [tensor.detach() for tensor in found]
-
-    return DecodeWeights(
-        sa_norm=each(layer.input_layernorm.weight for layer in layers),
-        qkv_weight=each(attention.packed_weight for attention in attentions),
-        output_weight=each(attention.o_proj.weight for attention in attentions),
-        mlp_norm=each(layer.post_attention_layernorm.weight for layer in layers),
-        gate_up_weight=each(layer.mlp.packed_weight for layer in layers),
-        down_weight=each(layer.mlp.down_proj.weight for layer in layers),
-        qkv_bias=each(attention.packed_bias for attention in attentions),
-        output_bias=each(attention.o_proj.bias for attention in attentions),
-        q_norm=each(a.q_norm.weight for a in attentions if a.q_norm is not None),
-        k_norm=each(a.k_norm.weight for a in attentions if a.k_norm is not None),
-        embedding=decoder.embed_tokens.weight.detach(),
-        norm=decoder.norm.weight.detach(),
-        head=model.get_output_embeddings().weight.detach(),
-    )
-
-
-def _pointers(model: PreTrainedModel) -> tuple:
-    """What changes when the weights are moved or cast."""
-    decoder = model.base_model
-    tensors = (
-        decoder.layers[0].self_attn.packed_weight,
-        decoder.layers[-1].mlp.down_proj.weight,
-        decoder.norm.weight,
-    )
-    return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
+def _refusal_key(model: PreTrainedModel, cache: Cache, batch: int) -> tuple:
+    """What a refusal holds for: it changes when the weights are moved or cast."""
+    weight = model.get_output_embeddings().weight
+    return batch, len(cache.layers), weight.data_ptr(), weight.dtype
