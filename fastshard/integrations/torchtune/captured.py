@@ -20,6 +20,7 @@ class CapturedStep:
 
     def __init__(self):
         self._model: modules.TransformerDecoder | None = None  # whose addresses the key has
+        self._parameters: list[dict] = []  # of its modules
         self._key: tuple | None = None
         self._replay = None
 
@@ -55,7 +56,9 @@ class CapturedStep:
 
     def logits(self, model: modules.TransformerDecoder, **inputs: Tensor | None) -> Tensor:
         """``model(tokens=, mask=, input_pos=)``, by a replay where it can be."""
-        key = _key(model, inputs)
+        if model is not self._model:
+            self._parameters = [module._parameters for module in model.modules()]
+        key = _key(model, self._parameters, inputs)
         if key is None or key != self._key:
             self._model, self._key, self._replay = model, key, None
             return model(**inputs)
@@ -87,16 +90,20 @@ class CapturedStep:
             raise
 
 
-def _key(model: modules.TransformerDecoder, inputs: dict[str, Tensor]) -> tuple | None:
+def _key(
+    model: modules.TransformerDecoder, parameters: list[dict], inputs: dict[str, Tensor]
+) -> tuple | None:
     """Shapes, and where weights and caches are; None where the step cannot be captured."""
     tokens = inputs["tokens"]
     if not is_gpu(tokens.device) or tokens.shape[1] != 1 or any(v is None for v in inputs.values()):
         return None
-    addresses = []
+    addresses = [p.data_ptr() for own in parameters for p in own.values() if p is not None]
     for layer in model.layers:
         attn = layer.attn
         if type(attn) is not Attention or attn.kv_cache is None or not attn.cache_enabled:
             return None
-        addresses += attn.packed_weight.data_ptr(), attn.kv_cache.k_cache.data_ptr()
+        cache = attn.kv_cache
+        held = (attn.packed_weight, cache.k_cache, cache.v_cache, cache.cache_pos)
+        addresses += [tensor.data_ptr() for tensor in held]
     kinds = ((value.shape, value.stride(), value.dtype) for value in inputs.values())
     return id(model), *kinds, *addresses

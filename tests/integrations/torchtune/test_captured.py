@@ -122,6 +122,23 @@ def test_captured_again_where_memory_is_elsewhere(models):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["norm.scale", "layers.1.mlp.w2.weight", "tok_embeddings.weight"])
+def test_captured_again_where_one_weight_is_elsewhere(models, name):
+    ours, theirs, graphs = models
+    for slot in range(3):
+        run(ours, graphs.step, slot)
+        run(theirs, CapturedStep(), slot)
+    for model in (ours, theirs):
+        state = {name: 2 * model.get_parameter(name).detach()}
+        model.load_state_dict(state, strict=False, assign=True)
+    expected = run(theirs, CapturedStep(), 3)
+    torch.testing.assert_close(run(ours, graphs.step, 3), expected, **CLOSE)
+    assert (graphs.captures, graphs.replays) == (1, 2)  # the step after the change is no replay
+    run(ours, graphs.step, 4)
+    assert graphs.captures == 2
+
+
+@torch.no_grad()
 def test_steps_that_are_not_captured(models, monkeypatch):
     ours, theirs, graphs = models
     step = graphs.step
