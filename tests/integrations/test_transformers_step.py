@@ -219,6 +219,19 @@ def test_calls_by_hand(steps):
 
 
 @torch.no_grad()
+def test_tokens_that_are_columns_of_others(steps):
+    plain, model, tokens = build(), accelerate(build()), prompt(2)["input_ids"]
+    caches = [StaticCache(config=plain.config, max_cache_len=SLOTS) for _ in range(2)]
+    for part in (tokens, tokens[:, :1], tokens[:, -1:]):
+        found, expected = (
+            each(part, cache=cache).logits
+            for each, cache in zip((model, plain), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected)
+    assert steps == [2, 2]
+
+
+@torch.no_grad()
 def test_a_config_that_wants_hidden_states_gets_them(steps):
     model = accelerate(build())
     cache = StaticCache(config=model.config, max_cache_len=9)

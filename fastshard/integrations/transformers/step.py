@@ -181,7 +181,7 @@ class _Step:
         position_ids = length.view(1, 1) if position_ids is None else position_ids
         table, rows, overflow = self._rotary(input_ids, position_ids)
         inputs = {
-            "x": input_ids.flatten(),
+            "x": input_ids.flatten().contiguous(),  # one column of a prompt is not
             "rope_table": table,
             "positions": rows.flatten().expand(b).contiguous(),
             "slots": length.repeat(b),
