@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def with_attentions():
 def with_hook(register):
     model = tiny_model("qwen3")
     register(model.model.layers[1])
+    return model
+
+
+def with_patched(name):
+    model = tiny_model("qwen3")
+    module = model.get_submodule(name)
+    module.forward = module.forward
+    return model
+
+
+def with_subclass(name):
+    model = tiny_model("qwen3")
+    module = model.get_submodule(name)
+    module.__class__ = type("Another", (type(module),), {"__module__": "elsewhere"})
     return model
 
 
@@ -99,6 +114,23 @@ REFUSALS = {
         ValueError,
         "no hooks of the package accelerate, .* got object of model.layers.1",
     ),
+}
+REFUSALS |= {
+    f"patched {name}": (
+        partial(with_patched, name),
+        ValueError,
+        f"^{name} must have the forward of its class to be replaced, got <bound method",
+    )
+    for name in ("model.layers.1.self_attn", "model.norm", "lm_head")
+}
+LAYER_PARTS = ("self_attn", "self_attn.k_norm", "mlp", "input_layernorm")
+REFUSALS |= {
+    f"subclass {name}": (
+        partial(with_subclass, f"model.{name}"),
+        TypeError,
+        f"^{name} must be of transformers.models.qwen3.modeling_qwen3, got elsewhere.Another$",
+    )
+    for name in ("norm", "layers.1", *(f"layers.1.{part}" for part in LAYER_PARTS))
 }
 
 

@@ -46,10 +46,11 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
         The model.
 
     Raises:
-        TypeError: the model is of another class, or a linear layer is not torch's own, as with
-            adapters or quantised weights.
+        TypeError: the model is of another class, one of its modules is not transformers' own, or a
+            linear layer not torch's own, as with adapters or quantised weights.
         ValueError: the model is in training mode, spread over devices, set to return attention
-            weights, or one of its modules has a hook or a shape that the kernels do not take.
+            weights, or one of its modules has a hook, a ``forward`` of its own or a shape that the
+            kernels do not take.
     """
     if Replacements.of(model) is not None:
         return model
@@ -107,6 +108,7 @@ def _checked(model: PreTrainedModel) -> nn.Module:
     config = decoder.config
     if config.output_attentions:
         raise ValueError("config.output_attentions must be False: the kernels keep no weights")
+    _check_classes(decoder)
     head_dim = decoder.layers[0].self_attn.head_dim
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
@@ -139,6 +141,29 @@ def _check_hooks(model: PreTrainedModel, decoder: nn.Module) -> None:
         # But for transformers' own, which capture weights: accelerated layers keep none.
         if any(getattr(hook, "__name__", "") != CAPTURING_HOOK for hook in hooks):
             raise ValueError(f"{name} must have no forward hooks to be replaced, got {len(hooks)}")
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"{name} must have the forward of its class to be replaced, "
+                f"got {module.__dict__['forward']!r}"
+            )
+
+
+def _check_classes(decoder: nn.Module) -> None:
+    """Raise where a module computes something else than transformers' own of this family."""
+    family = type(decoder).__module__
+    for index, layer in enumerate(decoder.layers):
+        names = ["", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+        names += [f"self_attn.{n}" for n in ("q_norm", "k_norm") if hasattr(layer.self_attn, n)]
+        for name in names:
+            kind = type(layer.get_submodule(name))
+            if kind.__module__ != family:
+                raise TypeError(
+                    f"{f'layers.{index}.{name}'.rstrip('.')} must be of {family}, "
+                    f"got {kind.__module__}.{kind.__name__}"
+                )
+    if type(decoder.norm).__module__ != family:
+        kind = type(decoder.norm)
+        raise TypeError(f"norm must be of {family}, got {kind.__module__}.{kind.__name__}")
 
 
 def _check_linear(name: str, module: nn.Module) -> None:
