@@ -9,9 +9,9 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
+from fastshard.build_record import source_version
 from fastshard.environment import cache_dir, shipped_tables_dir
 from fastshard.files import replace_text
 
@@ -90,7 +90,7 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path} must be JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} must be a table of variants of format {FORMAT}")
-    installed = version("fastshard")
+    installed = source_version()
     if content.get("fastshard") != installed:
         raise OtherVersion(
             f"{path} must be of fastshard {installed}, whose variants it names, "

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastshard.bench.presets import PRESETS, find_model, preset
+from fastshard.build_record import source_version
 from fastshard.environment import cache_dir
 from fastshard.files import replace_text
 from fastshard.ops import variants
@@ -166,7 +167,7 @@ def write_model_table(capability: str, output: Path) -> Table:
                 if variant is not None:
                     entry = Entry(problem.op, dtype, problem.shape, variant)
                     entries[table.key(entry)] = entry
-    written = Table(capability, "model", version("fastshard"), tuple(entries.values()))
+    written = Table(capability, "model", source_version(), tuple(entries.values()))
     variants.write_table(output, written)
     return written
 

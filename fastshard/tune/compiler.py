@@ -12,11 +12,10 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
-from fastshard.build_record import CUDA_ARCHS
+from fastshard.build_record import CUDA_ARCHS, source_version
 from fastshard.tune import instances, menu, nvcc
 from fastshard.tune.problem import Measurement, Measurer, Problem, rejected
 
@@ -38,7 +37,7 @@ def checkout(path: Path) -> Path:
             "git clone it, and pass its folder"
         )
     found = re.search(r'^version = "(.*)"$', text, re.MULTILINE)
-    installed = version("fastshard")
+    installed = source_version()
     if found is None or found[1] != installed:
         raise ValueError(
             f"source must be a checkout of fastshard {installed}, which is installed, "

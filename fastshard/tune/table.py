@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
+from fastshard.build_record import source_version
 from fastshard.environment import shipped_tables_dir
 from fastshard.ops import variants
 from fastshard.ops.variants import Entry, Table, key_shape
@@ -34,7 +34,7 @@ def read(path: Path, device: str, *, is_stale_allowed: bool = False) -> Table:
         ValueError: it is another table, or none.
         OSError: it cannot be read.
     """
-    empty = Table(device, "measured", version("fastshard"), ())
+    empty = Table(device, "measured", source_version(), ())
     if not path.exists():
         return empty
     try:

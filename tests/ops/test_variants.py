@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from dataclasses import asdict
+from importlib import metadata, resources
 from importlib.metadata import version
 from itertools import product
 
@@ -48,6 +49,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_table(path, table())
     assert read_table(path) == table(ENTRY)
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_wheel_for_another_cuda_reads_its_tables(monkeypatch):
+    local = version("fastshard") + "+cu12"
+    monkeypatch.setattr(metadata, "version", lambda name: local)
+    folder = resources.files("fastshard") / "tune" / "tables"
+    assert read_table(folder / "h200.json").device == "NVIDIA H200"
 
 
 CONTENT = {"format": 1, **asdict(table(ENTRY))}

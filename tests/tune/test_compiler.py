@@ -3,6 +3,7 @@
 import os
 import subprocess
 import threading
+from importlib import metadata
 from importlib.metadata import version
 from pathlib import Path
 
@@ -126,8 +127,12 @@ def test_an_nvcc_that_does_not_run(toolkit, tmp_path):
         Compiler(ROOT, tmp_path)
 
 
-def test_checkouts(tmp_path):
+def test_checkouts(tmp_path, monkeypatch):
     assert checkout(ROOT) == ROOT
+    with monkeypatch.context() as patch:  # of a wheel for CUDA 12
+        local = f"{version('fastshard')}+cu12"
+        patch.setattr(metadata, "version", lambda name: local)
+        assert checkout(ROOT) == ROOT
     with pytest.raises(ValueError, match=r"source must be a checkout of fastshard, .*, got .*tune"):
         checkout(ROOT / "fastshard" / "tune")
     (tmp_path / "csrc").mkdir()
