@@ -127,6 +127,7 @@ class _Step:
         }
         self._arguments: DecodeArguments | None = None
         self._modules = [module for module in model.modules() if module is not model]
+        self._parameters = [module._parameters for module in self._modules if module._parameters]
         self._places = self._find_places()
 
     def is_of(self, cache: Cache, batch: int) -> bool:
@@ -134,11 +135,12 @@ class _Step:
         is_same = self._cache() is cache and self._batch == batch
         return is_same and self._places == self._find_places()
 
-    def _find_places(self) -> list[tuple]:
+    def _find_places(self) -> list[int]:
+        """Addresses; none can come again, as the step holds the weights that it began with."""
         return [
-            (parameter.data_ptr(), parameter.dtype)
-            for module in self._modules
-            for parameter in module._parameters.values()
+            parameter.data_ptr()
+            for parameters in self._parameters
+            for parameter in parameters.values()
             if parameter is not None
         ]
 
