@@ -11,6 +11,7 @@ from fastshard import ops
 from fastshard.integrations.transformers import accelerate, undo
 from helpers import assert_as_accurate
 from stepping_transformers import build, count_steps, generate, prompt
+from tiny_transformers import CACHE
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SLOTS = 32
@@ -31,11 +32,15 @@ def test_generates_by_steps(family, batch, padded, steps):
     assert steps == [batch] * 5
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
-    for ours, theirs in zip(found.cache.layers, expected.cache.layers, strict=True):
+    for ours, theirs in zip(*_layers(found, expected), strict=True):
         assert ours.cumulative_length == theirs.cumulative_length == 12
         for name in ("keys", "values"):  # but of the padding, which means nothing
             cache, other = (getattr(layer, name)[:, :, padded:] for layer in (ours, theirs))
             torch.testing.assert_close(cache, other, rtol=1e-4, atol=1e-5)
+
+
+def _layers(*outputs):
+    return [getattr(out, CACHE).layers for out in outputs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -56,12 +61,12 @@ def _second_logits(model, inputs, follow, device):
     cache = StaticCache(config=model.config, max_cache_len=SLOTS)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    model(**inputs, position_ids=positions, cache=cache)
+    model(**inputs, position_ids=positions, **{CACHE: cache})
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
     arguments = model.prepare_inputs_for_generation(
         torch.cat([inputs["input_ids"], follow.to(device)], -1),
         next_sequence_length=1,
-        cache=cache,
+        **{CACHE: cache},
         attention_mask=mask,
         position_ids=positions[:, -1:] + 1,
     )
@@ -127,8 +132,13 @@ def test_a_hook_sees_every_token(steps):
     assert steps == [1] * 5
 
 
+def _cast(model):
+    model.__dict__.pop("_cache", None)  # transformers 5.4 goes on with it, in the old dtype
+    model.to(torch.bfloat16)
+
+
 CHANGES = {
-    "to": lambda model: model.to(torch.bfloat16),
+    "to": _cast,
     "edit": lambda model: model.model.layers[2].self_attn.q_proj.weight.mul_(-1),
     "norm": lambda model: model.model.layers[1].input_layernorm.weight.mul_(2),
     "load": lambda model: model.load_state_dict(
@@ -202,19 +212,19 @@ def test_calls_by_hand(steps):
     plain, model, inputs = build(), accelerate(build()), prompt(2)["input_ids"]
     caches = [StaticCache(config=plain.config, max_cache_len=9) for _ in range(2)]
     for each, cache in zip((plain, model), caches, strict=True):
-        each(inputs, cache=cache)
+        each(inputs, **{CACHE: cache})
     follow = torch.tensor([[5], [150]])
-    first = model(follow, cache=caches[1]).logits
+    first = model(follow, **{CACHE: caches[1]}).logits
     kept = first.clone()
-    torch.testing.assert_close(first, plain(follow, cache=caches[0]).logits)
-    second = model(input_ids=follow, cache=caches[1], logits_to_keep=1).logits
-    torch.testing.assert_close(second, plain(follow, cache=caches[0]).logits)
+    torch.testing.assert_close(first, plain(follow, **{CACHE: caches[0]}).logits)
+    second = model(input_ids=follow, **{CACHE: caches[1]}, logits_to_keep=1).logits
+    torch.testing.assert_close(second, plain(follow, **{CACHE: caches[0]}).logits)
     assert steps == [2, 2]
     assert torch.equal(first, kept)  # not overwritten by the second
     text = "room for all tokens: 9 of its 9 slots are used, got 1 tokens more"
     with pytest.raises(ValueError, match=text):
-        model(follow, cache=caches[1])
-    out = model(follow, cache=DynamicCache(config=plain.config), return_dict=False)
+        model(follow, **{CACHE: caches[1]})
+    out = model(follow, **{CACHE: DynamicCache(config=plain.config)}, return_dict=False)
     assert isinstance(out, tuple)
 
 
@@ -224,7 +234,7 @@ def test_tokens_that_are_columns_of_others(steps):
     caches = [StaticCache(config=plain.config, max_cache_len=SLOTS) for _ in range(2)]
     for part in (tokens, tokens[:, :1], tokens[:, -1:]):
         found, expected = (
-            each(part, cache=cache).logits
+            each(part, **{CACHE: cache}).logits
             for each, cache in zip((model, plain), caches, strict=True)
         )
         torch.testing.assert_close(found, expected)
@@ -235,9 +245,9 @@ def test_tokens_that_are_columns_of_others(steps):
 def test_a_config_that_wants_hidden_states_gets_them(steps):
     model = accelerate(build())
     cache = StaticCache(config=model.config, max_cache_len=9)
-    model(prompt()["input_ids"], cache=cache)
+    model(prompt()["input_ids"], **{CACHE: cache})
     model.config.output_hidden_states = True
-    out = model(torch.tensor([[5]]), cache=cache)
+    out = model(torch.tensor([[5]]), **{CACHE: cache})
     assert steps == []
     assert len(out.hidden_states) == 4
 

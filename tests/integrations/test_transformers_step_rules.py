@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, StaticCache
 
 from fastshard.integrations.transformers import accelerate, step
 from stepping_transformers import build, count_steps, generate, prompt
+from tiny_transformers import CACHE
 
 SLOTS = 16
 TOKEN = torch.tensor([[5]])
@@ -26,7 +27,7 @@ def steps(monkeypatch):
 
 def prompted(model) -> StaticCache:
     cache = StaticCache(config=model.config, max_cache_len=SLOTS)
-    model(prompt()["input_ids"], cache=cache)
+    model(prompt()["input_ids"], **{CACHE: cache})
     return cache
 
 
@@ -36,10 +37,10 @@ def third_logits(model, before=None, between=None, **arguments) -> torch.Tensor:
     if before is not None:
         before(model)
     cache = prompted(model)
-    model(TOKEN, cache=cache)
+    model(TOKEN, **{CACHE: cache})
     if between is not None:
         between(model)
-    return model(TOKEN, cache=cache, **arguments).logits
+    return model(TOKEN, **{CACHE: cache}, **arguments).logits
 
 
 class Wrapper(nn.Module):
@@ -169,11 +170,11 @@ def test_a_global_hook_sees_every_token(steps):
 def test_other_arguments_go_through_the_layers(steps):
     plain, model = build(), accelerate(build())
     ids = TOKEN.int()
-    found = model(ids, cache=prompted(model)).logits
-    torch.testing.assert_close(found, plain(ids, cache=prompted(plain)).logits)
+    found = model(ids, **{CACHE: prompted(model)}).logits
+    torch.testing.assert_close(found, plain(ids, **{CACHE: prompted(plain)}).logits)
     mask = torch.ones(1, 1, 1, SLOTS, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"^attention_mask must be bool or floating, got torch"):
-        model(TOKEN, cache=prompted(model), attention_mask=mask)
+        model(TOKEN, **{CACHE: prompted(model)}, attention_mask=mask)
     assert steps == []
 
 
@@ -183,14 +184,14 @@ def test_gradients_are_refused_as_by_the_layers():
         cache = prompted(model)
     model.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"^attention 'fastshard' computes no gradients"):
-        model(TOKEN, cache=cache)
+        model(TOKEN, **{CACHE: cache})
 
 
 @torch.no_grad()
 def test_a_step_keeps_no_cache_and_with_it_no_weights():
     model = accelerate(build())
     cache = prompted(model)
-    model(TOKEN, cache=cache)
+    model(TOKEN, **{CACHE: cache})
     assert model.forward._step is not None
     held, keys = weakref.ref(cache), weakref.ref(cache.layers[0].keys)
     del cache
@@ -207,7 +208,7 @@ def test_a_saved_or_copied_model_has_no_step(steps):
         torch.save(model, file)
         sizes.append(file.tell())
         cache = prompted(model)
-        model(TOKEN, cache=cache)
+        model(TOKEN, **{CACHE: cache})
     assert sizes[1] < sizes[0] + 10_000  # a workspace alone is more
     assert copy.deepcopy(model).forward._step is None
     assert model.forward._step is not None
@@ -222,7 +223,9 @@ def test_a_saved_or_copied_model_has_no_step(steps):
 def test_threads_step_over_their_own_caches(monkeypatch):
     model = accelerate(build())
     caches = [prompted(model) for _ in range(2)]
-    expected = [model(torch.tensor([[token]]), cache=copy.deepcopy(caches[0])) for token in (5, 9)]
+    expected = [
+        model(torch.tensor([[token]]), **{CACHE: copy.deepcopy(caches[0])}) for token in (5, 9)
+    ]
     is_watched = step._Step.is_watched
 
     def meanwhile(self):
@@ -237,10 +240,10 @@ def test_threads_step_over_their_own_caches(monkeypatch):
 
     def other():
         with torch.no_grad():
-            found[1] = model(torch.tensor([[9]]), cache=caches[1]).logits
+            found[1] = model(torch.tensor([[9]]), **{CACHE: caches[1]}).logits
 
     monkeypatch.setattr(step._Step, "is_watched", meanwhile)
-    found[0] = model(torch.tensor([[5]]), cache=caches[0]).logits
+    found[0] = model(torch.tensor([[5]]), **{CACHE: caches[0]}).logits
     for i in range(2):
         assert torch.equal(found[i], expected[i].logits)
         assert int(caches[i].layers[0].cumulative_length) == 8
