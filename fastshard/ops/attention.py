@@ -99,6 +99,7 @@ def attention(
     check_qkv(q, k, v, "k", "v")
     if torch.is_grad_enabled():
         refuse_gradients("attention", q=q, k=k, v=v, mask=mask, rope_table=rope_table)
+    # Written out, here and below: packing the rules into a tuple costs half a microsecond a call.
     softmax_scale, rope_positions = checked_rules(
         q,
         k,
