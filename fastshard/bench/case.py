@@ -183,7 +183,8 @@ def run_case(case: Case, bench: Bench) -> Iterator[Line | Skipped]:
             )  # waits for the device
             seconds[variant.name] = time.perf_counter() - begin
             if case.memory_goal is not None:
-                peaks[variant.name] = peak_bytes(partial(call, 0), bench.device)
+                # 0: a CUDA graph has memory of its own
+                peaks[variant.name] = peak_bytes(partial(call, 0), bench.device) or None
             runs[variant.name] = case.make_run(call)
         except Unavailable as error:
             skipped.append(Skipped(case.name, variant.name, case.shape, str(error)))

@@ -231,7 +231,9 @@ def _draw_roofline(axes: Axes, drawn: Sequence[Shape], results: Sequence[ResultF
         if line
     ]
     for x, y, colour, marker, size in points:
-        axes.scatter(x, y, size, colour, marker, edgecolors="white", linewidths=0.6, zorder=4)
+        axes.scatter(
+            x, y, size, colour, marker=marker, edgecolors="white", linewidths=0.6, zorder=4
+        )
     _draw_roofs(axes, min(x for x, *_ in points) / 2, max(x for x, *_ in points) * 3, results)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -13,13 +13,14 @@ from torch.nn.attention import SDPBackend
 
 from fastshard.bench import mlp, prefill_attention
 from fastshard.bench.attention import BACKENDS, HEADS
-from fastshard.bench.case import Bench, Call, Case, Problem, Variant
+from fastshard.bench.case import Bench, Call, Case, Problem, Unavailable, Variant
 from fastshard.bench.decode import decode_bytes, random_model
 from fastshard.bench.plain_decoder import PlainDecoder
 from fastshard.bench.plain_prefill import PlainPrefill
 from fastshard.bench.presets import preset
 from fastshard.bench.timing import BurstRun
 from fastshard.bench.torchtune_peer import TorchtuneDecoder
+from fastshard.decode.static import capture
 from fastshard.models import ModelConfig
 
 ATTENTIONS = (
@@ -101,6 +102,20 @@ def _model_case(bench: Bench, shape: str, name: str, batch: int, num_tokens: int
     def ours(index: int) -> Tensor:
         return model.generate(tokens, num_logits=1)[1][:, 0]
 
+    def graph() -> Call:
+        """What the GPU takes alone: the calls of one captured prompt."""
+        if bench.device.type == "cpu":
+            raise Unavailable("a CUDA graph needs a GPU, got cpu")
+        outputs = []
+        ours(0)  # what is set up on a first call must not be captured
+        replay = capture(lambda: outputs.append(ours(0)), bench.device)
+
+        def call(index: int) -> Tensor:
+            replay()
+            return outputs[0]
+
+        return call
+
     def torchtune() -> Call:
         decoder = TorchtuneDecoder(model.model, batch, num_tokens)
         return lambda index: decoder.prefill(tokens)
@@ -124,6 +139,7 @@ def _model_case(bench: Bench, shape: str, name: str, batch: int, num_tokens: int
         golden=lambda: plain.golden(tokens),
         variants=[
             Variant("fastshard", lambda: ours, is_peer=False),
+            Variant("fastshard graph", graph, is_peer=False),
             *bench.peers(
                 {kind: partial(peer, kind) for kind in ("eager", "compile")}
                 | {"torchtune": torchtune}
