@@ -22,6 +22,7 @@ from fastshard.tune.problem import AUTO, Problem
 Message = dict
 
 POISON_BYTES = 256 * 2**20
+SMALL_BYTES = 2**20  # tensors up to this size are in a pool of their own
 LARGE_READ = 2**30  # bytes, of which the device reads at its best rate
 
 
@@ -105,10 +106,34 @@ def poison(device: torch.device) -> None:
     if device.type != "cuda":
         return
     torch.cuda.empty_cache()
-    # The allocator has a pool for tensors below 1 MiB and one for others; each splits what is free.
-    filled = [torch.full((POISON_BYTES // 4,), -1, dtype=torch.int32, device=device)]
-    filled += [torch.full((2**17,), -1, dtype=torch.int32, device=device) for _ in range(16)]
+    # The allocator has a pool for small tensors and one for others, and gives what is left between
+    # the tensors of a pool before it takes new memory.
+    sizes = [*_free_between_tensors(device), POISON_BYTES, *[SMALL_BYTES // 2] * 16]
+    filled = [
+        torch.full((size // 4,), -1, dtype=torch.int32, device=device)
+        for size in sorted(sizes, reverse=True)
+    ]
     del filled
+
+
+def _free_between_tensors(device: torch.device) -> list[int]:
+    """Bytes of tensors that together take all that is free beside those that live."""
+    stream = torch.cuda.current_stream(device)
+    sizes = []
+    for segment in torch.cuda.memory_snapshot():
+        owner = segment["device"], segment["stream"]
+        is_ours = owner == (stream.device_index, stream.cuda_stream)
+        if not is_ours or tuple(segment["segment_pool_id"]) != (0, 0):  # a CUDA graph's
+            continue
+        for block in segment["blocks"]:
+            if block["state"] != "inactive":
+                continue
+            if segment["segment_type"] == "large":
+                sizes.append(block["size"])
+            else:
+                whole, rest = divmod(block["size"], SMALL_BYTES)
+                sizes += [SMALL_BYTES] * whole + [rest] * (rest > 0)
+    return sizes
 
 
 def sampled(made: inputs.Inputs, outputs: inputs.Outputs) -> torch.Tensor:

@@ -304,6 +304,18 @@ def test_memory_is_poisoned(device):
             assert torch.empty(size, dtype=dtype, device=device).isnan().all()
 
 
+@CUDA_ONLY
+@pytest.mark.parametrize("size", [100, 2000, 300_000, 600_000, 6_000_000])
+def test_memory_between_tensors_is_poisoned(device, size):
+    tensors = [torch.ones(size, device=device) for _ in range(40)]
+    living = tensors[::2]
+    del tensors
+    observe.poison(device)
+    between = [torch.empty(size, device=device) for _ in range(20)]
+    assert all(out.isnan().all() for out in between)
+    assert all((tensor == 1).all() for tensor in living)
+
+
 SMALL = [
     (Problem("rms_norm", "bfloat16", (64, 4096)), ["128x4", "512x1", "64x2"]),
     (Problem("fused_mlp", "bfloat16", (64, 512, 1024)), ["library", "tiles_64x128"]),
