@@ -11,12 +11,13 @@ import torch
 from fastshard import arguments, cli
 from fastshard.ops import variants
 from fastshard.ops.variants import Entry, Table, read_table, write_table
-from fastshard.tune import command, recorded, search
+from fastshard.tune import command, menu, recorded, search
 from fastshard.tune.problem import Measurement, Problem
 from fastshard.tune.recorded import Study
 from fastshard.tune.space import OPEN
 
 STUDY = Path(__file__).parent / "data" / "h200.json"
+OPEN_STUDY = STUDY.with_name("h200_open.json")  # of `fastshard tune --patch`
 PROBLEM = Problem("linear", "bfloat16", (4, 4096, 6144))
 ENTRY = Entry("linear", "bfloat16", (4, 4096, 6144), "library")
 
@@ -284,6 +285,24 @@ def test_an_addition_must_win_again(open_study, tmp_path, capsys):
     assert "192x5 was not confirmed: 0.790 of auto's time" in out
     assert f"no variant to add to the menus: {patch} is not written" in out
     assert len(read_table(tmp_path / "table.json").entries) == 1
+
+
+def test_nothing_outside_the_menus_won_on_an_h200(tmp_path, capsys):
+    measured = recorded.read(OPEN_STUDY)
+    new = [
+        name
+        for problem in command._problems("llama-3.2-1b", ["rms_norm", "fused_mlp"], "bfloat16")
+        for name in measured.variants(problem)
+        if not menu.has(problem.op, name)
+    ]
+    assert len(new) == 112  # as docs/tuning.md says
+    patch = tmp_path / "menu.patch"
+    files = ("--model", "llama-3.2-1b", "--op", "rms_norm", "fused_mlp", "--source", ROOT)
+    assert replay(OPEN_STUDY, tmp_path / "t.json", *files, "--patch", patch) == 0
+    assert not patch.exists()
+    out = capsys.readouterr().out
+    assert "geometric mean of auto / best: 1.0019 of 12 problems" in out
+    assert f"no variant to add to the menus: {patch} is not written" in out
 
 
 def test_the_same_seed_writes_the_same_patch(open_study, tmp_path):
