@@ -9,6 +9,7 @@ from fastshard.models import (
     ModelConfig,
     Shard,
     ShardedGeneralModel,
+    ShardInferenceState,
     ShardTransformerDecoder,
 )
 from fastshard.token_loop import generate_batch
@@ -21,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "Shard",
     "ShardChain",
+    "ShardInferenceState",
     "ShardTransformerDecoder",
     "ShardedGeneralModel",
     "__version__",

@@ -3,6 +3,7 @@
 from fastshard.models.config import ModelConfig
 from fastshard.models.decoder import GeneralMHA, ShardTransformerDecoder
 from fastshard.models.footprint import ModelBytes, model_bytes
+from fastshard.models.inference_state import ShardInferenceState
 from fastshard.models.model import ShardedGeneralModel
 from fastshard.models.shard import Shard
 
@@ -11,6 +12,7 @@ __all__ = [
     "ModelBytes",
     "ModelConfig",
     "Shard",
+    "ShardInferenceState",
     "ShardTransformerDecoder",
     "ShardedGeneralModel",
     "model_bytes",

@@ -42,7 +42,7 @@ def check_input(
             raise TypeError(f"tokens must be int64 or int32, got {x.dtype}")
         if x.dim() != 2 or x.numel() == 0:
             raise ValueError(f"tokens must be [b, s] of at least one, got {list(x.shape)}")
-        _check_range("tokens", x, config.vocab_size)
+        check_range("tokens", x, config.vocab_size)
     else:
         if x.dtype != decoder.dtype:
             raise TypeError(f"hidden_state must be {decoder.dtype}, got {x.dtype}")
@@ -95,22 +95,25 @@ def check_positions(
     """
     _check_device(decoder, "input_pos", input_pos)
     positions = token_positions(input_pos, b, s)
-    _check_range("input_pos", positions, decoder.max_seq_len)
+    check_range("input_pos", positions, decoder.max_seq_len)
     return positions
 
 
-def _check_device(decoder: "ShardTransformerDecoder", name: str, x: Tensor) -> None:
-    if x.device != decoder.device:
-        raise ValueError(f"{name} must be on {decoder.device}, got {x.device}")
-
-
-def _check_range(name: str, values: Tensor, limit: int) -> None:
+def check_range(name: str, values: Tensor, limit: int) -> None:
     """Raise unless all are in [0, limit); looks at CPU tensors only, for a GPU would have to wait.
 
     On a GPU an out-of-range position sets the cache's flag, see ``KVCache.raise_on_overflow``.
+
+    Raises:
+        ValueError: one is not.
     """
     if torch.compiler.is_compiling() or values.device.type != "cpu":
         return
     low, high = (int(value) for value in torch.aminmax(values))
     if low < 0 or high >= limit:
         raise ValueError(f"{name} must be in [0, {limit}), got {low if low < 0 else high}")
+
+
+def _check_device(decoder: "ShardTransformerDecoder", name: str, x: Tensor) -> None:
+    if x.device != decoder.device:
+        raise ValueError(f"{name} must be on {decoder.device}, got {x.device}")
