@@ -5,9 +5,16 @@ exo is not installed: its ``Shard`` and its downloader are written down here as 
 
 import asyncio
 import inspect
+import io
 import json
+import multiprocessing
+import queue
+import random
+import struct
 import sys
+import threading
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,18 +71,97 @@ def engines(module, count=2, **settings):
     return [module.FastshardInferenceEngine(device="cpu", **settings) for _ in range(count)]
 
 
-@pytest.mark.parametrize("cut", [1, 3])
-def test_two_processes_give_the_tokens_of_the_whole_model(exo_engine, whole, cut):
+@pytest.mark.parametrize("channel", ["pipe", "socket"])
+@pytest.mark.parametrize("cut", [1, 4])
+def test_two_processes_give_the_tokens_of_the_whole_model(exo_engine, whole, cut, channel):
     expected = greedy(whole, 16)
     assert len(set(expected)) > 4
-    tokens, text = exo_engine.generate(PROMPT, cut, 16)
+    tokens, text = exo_engine.generate(PROMPT, cut, 16, channel)
     assert tokens == expected
     assert text == whole.tokenizer.decode(expected)
+    assert multiprocessing.active_children() == []
 
 
-def test_a_node_that_dies_ends_the_loop(exo_engine):
+@pytest.mark.parametrize("channel", ["pipe", "socket"])
+def test_a_node_that_dies_ends_the_loop(exo_engine, channel):
     with pytest.raises(EOFError):
-        exo_engine.generate(PROMPT, 2, 1, device="cuda:99")
+        exo_engine.generate(PROMPT, 2, 2, channel, ("cpu", "cuda:99"))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_first_node_that_fails_ends_the_other(exo_engine):
+    with pytest.raises(RuntimeError, match="device cuda:99 is not there"):
+        exo_engine.generate(PROMPT, 2, 2, devices=("cuda:99", "cpu"))
+    assert multiprocessing.active_children() == []
+
+
+def test_any_two_functions_are_a_channel(exo_engine, whole):
+    """Two queues; what goes over them is the prompt once, then one token and one hidden state."""
+    first, last = engines(exo_engine)
+    to_last, to_first, sent = queue.Queue(), queue.Queue(), {"first": [], "last": []}
+
+    def sending(name: str, into: queue.Queue):
+        return lambda message: (sent[name].append(message), into.put(message))
+
+    def receiving() -> bytes:
+        message = to_last.get(timeout=60)
+        if message is None:
+            raise EOFError
+        return message
+
+    node = exo_engine.follow(last, LAST, sending("last", to_first), receiving)
+    thread = threading.Thread(target=asyncio.run, args=[node])
+    thread.start()
+    send, receive = sending("first", to_last), partial(to_first.get, timeout=60)
+    tokens, _ = asyncio.run(exo_engine.lead(first, FIRST, PROMPT, 8, send, receive))
+    to_last.put(None)
+    thread.join()
+    assert tokens == greedy(whole, 8)
+    num_tokens = len(whole.tokenizer.encode(PROMPT))
+    npy = 128  # the header of an array
+    hidden, state = 256 * 4, 20  # float32 of the demo model; before its tokens of 2 bytes
+    prompt = 4 + state + num_tokens * (2 + hidden) + npy
+    assert [len(message) for message in sent["first"]] == [prompt] + [4 + 22 + hidden + npy] * 7
+    answer = 4 + state + num_tokens * 2 + npy + 8
+    assert [len(message) for message in sent["last"]] == [answer] + [4 + 22 + npy + 8] * 7
+
+
+def test_a_message_holds_an_array_and_a_state(exo_engine):
+    data = np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float16)
+    state = {"tokens": [[1, 2, 3]], "curr_pos": 4}
+    message = exo_engine.pack(data, state)
+    array, found = exo_engine.unpack(message)
+    np.testing.assert_array_equal(array, data)
+    assert array.dtype == data.dtype
+    assert found == state
+    with pytest.raises(ValueError, match="allow_pickle"):
+        exo_engine.pack(np.array([object()]), state)
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{"a": 1}]))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        exo_engine.unpack(message[: 4 + 26] + pickled.getvalue())
+    with pytest.raises(ValueError, match=r"^data must begin with b'FSIS', got b'FSIR'$"):
+        exo_engine.unpack(message.replace(b"FSIS", b"FSIR"))
+
+
+def test_a_socket_carries_messages_of_any_length(exo_engine):
+    one, other = exo_engine.connect("socket")
+    messages = [b"", b"a", random.Random(0).randbytes(5_000_000), b"end"]
+    sender = threading.Thread(target=lambda: [one.send_bytes(m) for m in messages])
+    sender.start()
+    assert [other.recv_bytes() for _ in messages] == messages
+    sender.join()
+    one._connection.sendall(struct.pack("<Q", 2**30 + 1))
+    message = "^a message must have at most 1073741824 bytes, got 1073741825$"
+    with pytest.raises(ValueError, match=message):
+        other.recv_bytes()
+    other.send_bytes(b"back")
+    assert one.recv_bytes() == b"back"
+    other._connection.sendall(struct.pack("<Q", 3) + b"ab")
+    other.close()
+    with pytest.raises(EOFError):
+        one.recv_bytes()
+    one.close()
 
 
 def test_it_has_the_methods_of_an_engine(exo_engine):
@@ -102,14 +188,14 @@ def test_each_engine_holds_its_own_layers(exo_engine, whole):
     async def run():
         tokens = await first.encode(FIRST, PROMPT)
         hidden, state = await first.infer_tensor("a", FIRST, tokens[None])
-        assert json.loads(json.dumps(state)) == {"curr_pos": 0}
+        assert json.loads(json.dumps(state)) == {"curr_pos": 0, "tokens": [tokens.tolist()]}
         return tokens, hidden, *await last.infer_tensor("a", LAST, hidden, state)
 
     tokens, hidden, logits, state = asyncio.run(run())
     assert sorted(first.model.model.layers) == ["0", "1"]
     assert sorted(last.model.model.layers) == ["2", "3", "4"]
     assert tokens.tolist() == whole.tokenizer.encode(PROMPT)
-    assert state == {"curr_pos": len(tokens)}
+    assert state == {"curr_pos": 0, "tokens": [tokens.tolist()]}
     _, expected = whole.generate(torch.from_numpy(tokens[None]), num_logits=1)
     assert hidden.shape == (1, len(tokens), 256)
     np.testing.assert_array_equal(logits, expected.numpy())
@@ -145,6 +231,26 @@ def test_a_request_that_another_one_replaced_is_refused(exo_engine):
         return again
 
     assert asyncio.run(run()).shape == (1, 1, 2048)
+
+
+def test_a_step_says_its_place_and_a_state_without_tokens_begins_anew(exo_engine, whole):
+    (engine,) = engines(exo_engine, 1)
+    shard = ExoShard("demo", 0, 4, 5)
+    prompt = whole.tokenizer.encode(PROMPT)
+
+    async def run():
+        logits, state = await engine.infer_prompt("a", shard, PROMPT, {})
+        tokens = []
+        for i in range(4):
+            token = (await engine.sample(logits, temp=0))[:, None]
+            tokens.append(int(token[0, 0]))
+            logits, state = await engine.infer_tensor("a", shard, token, state)
+            assert state == {"curr_pos": len(prompt) + i, "tokens": token.tolist()}
+        _, state = await engine.infer_prompt("b", shard, PROMPT, {"tokens": None})
+        assert state == {"curr_pos": 0, "tokens": [prompt]}
+        return tokens
+
+    assert asyncio.run(run()) == greedy(whole, 4)
 
 
 def test_sample_draws_anew_and_greedily(exo_engine):
