@@ -11,8 +11,10 @@ import multiprocessing
 import queue
 import random
 import struct
+import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -71,8 +73,7 @@ def engines(module, count=2, **settings):
     return [module.FastshardInferenceEngine(device="cpu", **settings) for _ in range(count)]
 
 
-@pytest.mark.parametrize("channel", ["pipe", "socket"])
-@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize(("cut", "channel"), [(1, "pipe"), (4, "socket")])
 def test_two_processes_give_the_tokens_of_the_whole_model(exo_engine, whole, cut, channel):
     expected = greedy(whole, 16)
     assert len(set(expected)) > 4
@@ -80,6 +81,13 @@ def test_two_processes_give_the_tokens_of_the_whole_model(exo_engine, whole, cut
     assert tokens == expected
     assert text == whole.tokenizer.decode(expected)
     assert multiprocessing.active_children() == []
+
+
+def test_it_runs_as_a_script(whole):
+    command = [sys.executable, str(EXAMPLES / "exo_engine.py"), PROMPT]
+    command += ["--cut", "3", "--tokens", "8", "--channel", "socket"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stdout == f"{PROMPT}{whole.tokenizer.decode(greedy(whole, 8))}\n", result.stderr
 
 
 @pytest.mark.parametrize("channel", ["pipe", "socket"])
@@ -110,12 +118,12 @@ def test_any_two_functions_are_a_channel(exo_engine, whole):
         return message
 
     node = exo_engine.follow(last, LAST, sending("last", to_first), receiving)
-    thread = threading.Thread(target=asyncio.run, args=[node])
-    thread.start()
+    executor = ThreadPoolExecutor(max_workers=1)
+    following = executor.submit(asyncio.run, node)
     send, receive = sending("first", to_last), partial(to_first.get, timeout=60)
     tokens, _ = asyncio.run(exo_engine.lead(first, FIRST, PROMPT, 8, send, receive))
     to_last.put(None)
-    thread.join()
+    assert following.result(timeout=60) is None
     assert tokens == greedy(whole, 8)
     num_tokens = len(whole.tokenizer.encode(PROMPT))
     npy = 128  # the header of an array

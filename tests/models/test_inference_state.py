@@ -13,6 +13,7 @@ from tiny_checkpoints import FAMILIES, SIZES, make_reference
 
 import fastshard
 from fastshard import Shard, ShardedGeneralModel, ShardInferenceState
+from helpers import CUDA_ONLY
 
 NUM_LAYERS = 4
 CUTS = [(), (1,), (3,), (1, 3), (1, 2, 3)]  # shards of 1 to 4 layers begin there
@@ -178,10 +179,29 @@ def test_advance_and_append():
     state = ShardInferenceState(TOKENS, 4, torch.tensor([0, 1]))
     step = state.advance(torch.tensor([[7], [8]], dtype=torch.int32))
     assert step == ShardInferenceState(torch.tensor([[7], [8]]), 7, torch.tensor([0, 1]))
+    assert step.tokens.dtype == torch.int64
     state = ShardInferenceState(TOKENS, 0, torch.tensor([0, 1]))
     longer = state.append(torch.tensor([[7, 8], [9, 1]]))
     tokens = torch.tensor([[5, 40, 3, 7, 8], [9, 12, 30, 9, 1]])
     assert longer == ShardInferenceState(tokens, 0, torch.tensor([0, 1]))
+
+
+@CUDA_ONLY
+def test_a_state_is_on_the_host_and_runs_where_the_shard_is(device):
+    first, last = (
+        fastshard.load(shard=Shard("demo", start, end, 5), device=device)
+        for start, end in ((0, 1), (2, 4))
+    )
+    tokens, first_key = TOKENS.to(device), torch.tensor([0, 1], device=device)
+    state = ShardInferenceState(tokens, 0, first_key, torch.arange(1, 4, device=device))
+    kept = (state.tokens, state.first_key, state.input_pos)
+    assert {x.device for x in kept} == {torch.device("cpu")}
+    hidden, _ = state.run(first)
+    _, logits = state.run(last, hidden.cpu())
+    call = {"first_key": first_key, "input_pos": torch.arange(1, 4, device=device)}
+    expected, _ = first.generate(tokens, **call)
+    _, expected = last.generate(hidden_state=expected, num_logits=1, **call)
+    assert torch.equal(logits, expected)
 
 
 I64 = torch.zeros(2, 3, dtype=torch.int64)
