@@ -1,4 +1,4 @@
-"""Many devices: which of them holds which layers."""
+"""Many devices: which of them holds which layers, and the processes that run them."""
 
 from fastshard.dist.fit import check_fit
 from fastshard.dist.partition import (
@@ -11,13 +11,16 @@ from fastshard.dist.partition import (
     smallest_largest_share,
     split_that_fits,
 )
+from fastshard.dist.world import World, join_world
 
 __all__ = [
     "RankShare",
+    "World",
     "check_cover",
     "check_fit",
     "check_shares",
     "even_split",
+    "join_world",
     "partition",
     "plan",
     "smallest_largest_share",
