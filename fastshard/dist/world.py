@@ -45,7 +45,7 @@ class World:
         tp: Ranks that share a stage's layers.
         device: Where this rank computes.
         store: What torchrun's ranks share, a key-value store; None where there is one rank. The
-            groups keep their keys below ``process_groups``; for others, take a ``PrefixStore``.
+            groups keep keys in it too: for others, take a ``PrefixStore``.
         groups: ``Groups``, or None where there is one rank.
         uses_nccl: Whether the groups of tensors are NCCL's. Else they are gloo's, and what is on a
             GPU travels by way of the host.
@@ -82,7 +82,7 @@ class World:
             torch.cuda.set_device(self.device)  # NCCL, and what is captured, take the current one
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore("process_groups", self.store),
+            store=self.store,
             rank=self.rank,
             world_size=self.size,
             timeout=_NO_LIMIT,

@@ -121,7 +121,7 @@ def test_every_mode_gives_the_same_tokens(ends, sampling, mode, path, graphs):
 @CAPTURED
 def test_shards_on_several_devices(mode, path, monkeypatch, graphs):
     """One graph each; the stand-in for devices are shards that are kept apart."""
-    monkeypatch.setattr(static, "_by_device", lambda models: [[model] for model in models])
+    monkeypatch.setattr(static, "by_device", lambda models: [[model] for model in models])
     prompts = [PROMPT, [7, 8]]
     settings = {"max_new_tokens": 20, "sampling": SAMPLED}
     expected = generate_batch(load_chain(path, 2), prompts, decode="eager", **settings)
@@ -136,7 +136,7 @@ def test_runs_of_shards_on_one_device_are_together():
             self.device = torch.device(device)
 
     models = [On(device) for device in ("cpu", "cpu", "meta", "cpu")]
-    assert static._by_device(models) == [models[:2], models[2:3], models[3:]]
+    assert static.by_device(models) == [models[:2], models[2:3], models[3:]]
 
 
 def test_persistent_on_a_cpu_calls_the_op(model, calls):
@@ -179,8 +179,8 @@ def test_an_unknown_mode_raises_before_the_prompt_runs(model):
 @CAPTURED
 def test_only_the_first_two_steps_run_python(mode, model, graphs, monkeypatch):
     launches = []
-    launch = static._Part._launch
-    monkeypatch.setattr(static._Part, "_launch", lambda part: (launches.append(1), launch(part))[1])
+    launch = static.Part._launch
+    monkeypatch.setattr(static.Part, "_launch", lambda part: (launches.append(1), launch(part))[1])
     generate_batch(model, [PROMPT], max_new_tokens=20, decode=mode)
     assert len(launches) == 2  # as it is, and captured
     assert len(graphs) == 1
@@ -411,7 +411,7 @@ def test_a_launch_that_cannot_be_resident_falls_back(
 ):
     """In the first or the second of three shards, on one device or several."""
     if is_apart:
-        monkeypatch.setattr(static, "_by_device", lambda models: [[model] for model in models])
+        monkeypatch.setattr(static, "by_device", lambda models: [[model] for model in models])
     expected = generate_batch(load_chain(path, 2), [PROMPT], max_new_tokens=9, decode="eager")
     refuse(monkeypatch, NOT_RESIDENT, until)
     text = f"^decode mode persistent is not possible, falling back to graph: {NOT_RESIDENT}$"
