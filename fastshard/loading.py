@@ -97,6 +97,19 @@ def load_chain(
     return ShardChain(_load(checkpoint, shards, device, dtype, True, max_generated_tokens, report))
 
 
+def load_shard(
+    checkpoint: Checkpoint,
+    shard: Shard,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    max_generated_tokens: int = 1024,
+    report: Report | None = None,
+) -> TextModel:
+    """Load one shard's layers; no byte of the others is read. As ``load``."""
+    return _load(checkpoint, [shard], device, dtype, True, max_generated_tokens, report)[0]
+
+
 def demo_model() -> Path:
     """Directory of the embedded model."""
     return Path(str(files("fastshard") / "demo"))

@@ -130,7 +130,7 @@ class Part:
         first, last = models[0], models[-1]
         self.device: torch.device = first.device
         self.is_persistent = is_persistent
-        self._is_captured = is_captured and is_gpu(self.device)
+        self._is_captured = is_captured and is_gpu(self.device)  # once it is warm
         self._sampling = sampling
         self._chooses_beside = sampling is None
         self._replay: Callable[[], None] | None = None
@@ -158,6 +158,15 @@ class Part:
                 shape = (room + 1, batch)
                 self.history = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._out = self.x
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a step is the replay of a graph: then it does not look at the models."""
+        return self._replay is not None
+
+    @property
+    def will_be_recorded(self) -> bool:
+        return self._is_captured and self._replay is None
 
     @torch.no_grad()
     def begin(self, num_held: int, sampling: Sampling | None = None) -> None:

@@ -1,6 +1,7 @@
 """Many devices: which of them holds which layers, and the processes that run them."""
 
-from fastshard.dist.fit import check_fit
+from fastshard.dist.fit import WORKSPACE_BYTES, check_fit
+from fastshard.dist.hops import Hop, Sent
 from fastshard.dist.partition import (
     RankShare,
     check_cover,
@@ -14,7 +15,10 @@ from fastshard.dist.partition import (
 from fastshard.dist.world import World, join_world
 
 __all__ = [
+    "WORKSPACE_BYTES",
+    "Hop",
     "RankShare",
+    "Sent",
     "World",
     "check_cover",
     "check_fit",

@@ -7,7 +7,8 @@ import torch
 from fastshard.dist.partition import split_that_fits
 from fastshard.models import ModelConfig, Shard, model_bytes
 
-_WORKSPACE_BYTES = 256 << 20  # activations, library handles and workspaces of a running model
+WORKSPACE_BYTES = 256 << 20
+"""Activations, library handles and workspaces of a running model."""
 
 
 def check_fit(
@@ -24,10 +25,10 @@ def check_fit(
         RuntimeError: says what is needed, what is there, and the shards that would fit.
     """
     sizes = model_bytes(config, dtype, context)
-    needed = _WORKSPACE_BYTES + sum(sizes.needed(shard.layers) for shard in shards)
+    needed = WORKSPACE_BYTES + sum(sizes.needed(shard.layers) for shard in shards)
     if needed <= available:
         return
-    parts = split_that_fits(sizes, available, _WORKSPACE_BYTES)
+    parts = split_that_fits(sizes, available, WORKSPACE_BYTES)
     if parts is None:
         advice = "not even one layer a device would fit"
     elif len(parts) == 1:

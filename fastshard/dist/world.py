@@ -47,6 +47,7 @@ class World:
         store: What torchrun's ranks share, a key-value store; None where there is one rank. The
             groups keep keys in it too: for others, take a ``PrefixStore``.
         groups: ``Groups``, or None where there is one rank.
+        num_sharing: Ranks on this rank's device, itself included; the CPUs of a host are one.
         uses_nccl: Whether the groups of tensors are NCCL's. Else they are gloo's, and what is on a
             GPU travels by way of the host.
     """
@@ -73,6 +74,7 @@ class World:
         self.device: torch.device = torch.device(device)
         self.store = store
         self.groups: Groups | None = None
+        self.num_sharing: int = 1
         self.uses_nccl: bool = False
         if size > 1:
             self._connect()
@@ -87,10 +89,10 @@ class World:
             world_size=self.size,
             timeout=_NO_LIMIT,
         )
-        gpus = self.gather(_gpu_name(self.device))
-        self.uses_nccl = (
-            None not in gpus and len(set(gpus)) == self.size and dist.is_nccl_available()
-        )
+        names = self.gather(_device_name(self.device))
+        self.num_sharing = names.count(names[self.rank])
+        are_gpus = all(is_gpu for is_gpu, _, _ in names) and len(set(names)) == self.size
+        self.uses_nccl = are_gpus and dist.is_nccl_available()
         everyone = range(self.size)
         forward, back = self._new_group(everyone), self._new_group(everyone)
         tensor = None
@@ -191,8 +193,8 @@ def join_world(
     return World(rank, size, tp=tp, device=device, store=store)
 
 
-def _gpu_name(device: torch.device) -> str | None:
-    """One name a GPU, wherever and whatever its index is; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+def _device_name(device: torch.device) -> tuple[bool, str, str]:
+    """Whether it is a GPU, its host, and which of the host's it is: one name a device."""
+    is_gpu = device.type == "cuda"
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else ""
+    return is_gpu, socket.gethostname(), uuid

@@ -14,7 +14,7 @@ from fastshard.models import model_bytes
 
 @pytest.fixture(autouse=True)
 def no_workspace(monkeypatch):
-    monkeypatch.setattr(fit, "_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(fit, "WORKSPACE_BYTES", 0)
 
 
 def needs(monkeypatch, path, available, **settings):
@@ -78,7 +78,7 @@ def test_the_workspace_is_needed_once_a_device(monkeypatch):
     cpu = torch.device("cpu")
     sizes = model_bytes(config, torch.float32, 16)
     shards = [Shard("tiny", 0, 0, 3), Shard("tiny", 1, 2, 3)]
-    monkeypatch.setattr(fit, "_WORKSPACE_BYTES", sizes.layer)
+    monkeypatch.setattr(fit, "WORKSPACE_BYTES", sizes.layer)
     needed = sizes.layer + sum(sizes.needed(shard.layers) for shard in shards)
     check_fit(config, shards, cpu, torch.float32, 16, needed)
     with pytest.raises(RuntimeError, match=r"the whole model would fit as one shard$"):
