@@ -1,11 +1,11 @@
-"""What the ranks of tests/pipeline run."""
+"""What the ranks of tests/pipeline run: requests of tokens, and the pipelines that take them."""
+
+from typing import Any, NamedTuple
 
 from fastshard.checkpoint import Checkpoint
-from fastshard.dist import join_world
+from fastshard.dist import Sent, World, join_world
 from fastshard.pipeline import Pipeline, Settings
 from fastshard.sampling import Sampling
-
-PROMPTS = [[40, 41, 42, 43, 44], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1], [11, 12], [13, 14, 15]]
 
 
 class TokenRequest:
@@ -23,32 +23,98 @@ class TokenRequest:
         return token in self._ends
 
 
-def run_tokens(pipeline, prompts, num_tokens, samplings=None, ends=()):
-    """The tokens after each prompt."""
-    samplings = samplings or [Sampling()] * len(prompts)
-    requests = [
-        TokenRequest(prompt, num_tokens, sampling, ends)
-        for prompt, sampling in zip(prompts, samplings, strict=True)
-    ]
-    for _ in pipeline._engine.run(requests):
-        pass
-    return [request.tokens for request in requests]
+class Case(NamedTuple):
+    """One pipeline and what it is asked, run after run.
+
+    Attributes:
+        path: The checkpoint; where it has ``{rank}``, each rank its own.
+        settings: Of ``Settings``.
+        runs: Lists of arguments of ``TokenRequest``.
+        lag: As from a GPU, 1: tokens are read a step late.
+    """
+
+    path: str
+    settings: dict[str, Any]
+    runs: list[list[tuple]]
+    lag: int = 0
 
 
-def run_cases(cases):
-    """Each case: a path, settings, and calls of ``run_tokens``; returns what rank 0 got of each."""
-    results = []
+class Outcome(NamedTuple):
+    """What rank 0 got.
+
+    Attributes:
+        tokens: Of each run, of each request.
+        order: Of each run, which request took a token, one after the other.
+        hops: As ``Pipeline.hops``, from the start.
+        layers: Of each rank.
+    """
+
+    tokens: list[list[list[int]]]
+    order: list[list[int]]
+    hops: list[Sent]
+    layers: list[range]
+
+
+def run_cases(cases: list[Case], tp: int = 1, device: str = "cpu") -> list[Outcome]:
+    """Run all in one world."""
+    with join_world(tp=tp, device=device) as world:
+        return [run_case(world, case) for case in cases]
+
+
+def run_case(world: World, case: Case) -> Outcome:
+    checkpoint = Checkpoint(case.path.format(rank=world.rank))
+    pipeline = Pipeline(checkpoint, world, Settings(**case.settings))
+    tokens, order = [], []
+    if world.rank == 0:
+        engine = pipeline._engine
+        for reader in engine._readers:
+            reader.lag = case.lag
+        for run in case.runs:
+            requests = [TokenRequest(*arguments) for arguments in run]
+            order.append(list(engine.run(requests)))
+            tokens.append([request.tokens for request in requests])
+        pipeline.stop()
+    else:
+        assert pipeline.serve()
+    return Outcome(tokens, order, pipeline.hops(), world.gather(pipeline.shard.layers))
+
+
+def give_up_and_go_on(path: str, settings: dict[str, Any], run: list[tuple]) -> list[list[int]]:
+    """The tokens of a run after another that was left in the middle."""
     with join_world() as world:
-        for path, settings, calls in cases:
-            if world.rank >= world.size:
-                continue
-            pipeline = Pipeline(Checkpoint(path), world, Settings(**settings))
-            if world.rank == 0:
-                results.append([run_tokens(pipeline, *call) for call in calls])
-                pipeline.stop()
-            else:
-                assert pipeline.serve()
-            hops = pipeline.hops()
-            if world.rank == 0:
-                results[-1].append(hops)
-    return results
+        pipeline = Pipeline(Checkpoint(path), world, Settings(**settings))
+        if world.rank:
+            return [[int(pipeline.serve())]]
+        left = pipeline._engine.run([TokenRequest(*arguments) for arguments in run])
+        for _ in range(4):
+            next(left)
+        requests = [TokenRequest(*arguments) for arguments in run]
+        for _ in pipeline._engine.run(requests):
+            pass
+        try:
+            next(left)
+        except RuntimeError as error:
+            requests[0].tokens.append(str(error))
+        pipeline.stop()
+        return [request.tokens for request in requests]
+
+
+def fail(path: str, settings: dict[str, Any]) -> bool:
+    """Whether a rank's ``serve`` says that all went well after rank 0 failed in the middle."""
+    with join_world() as world:
+        pipeline = Pipeline(Checkpoint(path), world, Settings(**settings))
+        if world.rank:
+            return pipeline.serve()
+        next(pipeline._engine.run([TokenRequest([1, 2, 3], 9)]))
+        pipeline.stop(is_failure=True)
+        return True
+
+
+def error_of(path: str, settings: dict[str, Any]) -> str:
+    """What making the pipeline raises."""
+    with join_world() as world:
+        try:
+            Pipeline(Checkpoint(path), world, Settings(**settings))
+        except ValueError as error:
+            return str(error)
+        return "none"

@@ -181,7 +181,7 @@ def test_dtype_is_the_models(run, monkeypatch):
         (["--shards", "2", "--layers", "0-2", "a"], "not allowed with argument"),
         (["--dtype", "int8", "a"], "argument --dtype: invalid choice: 'int8'"),
         (["--decode", "fast", "a"], "argument --decode: invalid choice: 'fast'"),
-        ([], "the following arguments are required: PROMPT"),
+        ([], "one of the arguments PROMPT --prompts-file is required"),
         (["a", "b"], "unrecognized arguments: b"),
     ],
 )

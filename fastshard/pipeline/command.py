@@ -25,7 +25,9 @@ from fastshard.progress import Progress
 def run(args: argparse.Namespace) -> int:
     """Run the parsed command on this rank; returns its exit status."""
     if args.shards is not None:
-        raise ValueError("--shards cuts one process, with torchrun each rank is a shard: leave it")
+        raise ValueError(
+            "--shards cuts one process, with torchrun each rank is a shard: leave it out"
+        )
     with join_world(device=args.device or default_device()) as world:
         check_device(world.device)
         checkpoint = open_checkpoint(args)
