@@ -30,13 +30,13 @@ class Case(NamedTuple):
         path: The checkpoint; where it has ``{rank}``, each rank its own.
         settings: Of ``Settings``.
         runs: Lists of arguments of ``TokenRequest``.
-        lag: As from a GPU, 1: tokens are read a step late.
+        lag: 1: tokens are read a step late, as from a GPU. None: as the device is.
     """
 
     path: str
     settings: dict[str, Any]
     runs: list[list[tuple]]
-    lag: int = 0
+    lag: int | None = None
 
 
 class Outcome(NamedTuple):
@@ -47,12 +47,14 @@ class Outcome(NamedTuple):
         order: Of each run, which request took a token, one after the other.
         hops: As ``Pipeline.hops``, from the start.
         layers: Of each rank.
+        modes: Of each rank's slots: persistent or not, and whether every step is a replay.
     """
 
     tokens: list[list[list[int]]]
     order: list[list[int]]
     hops: list[Sent]
     layers: list[range]
+    modes: list[set[tuple[bool, bool]]]
 
 
 def run_cases(cases: list[Case], tp: int = 1, device: str = "cpu") -> list[Outcome]:
@@ -67,8 +69,9 @@ def run_case(world: World, case: Case) -> Outcome:
     tokens, order = [], []
     if world.rank == 0:
         engine = pipeline._engine
-        for reader in engine._readers:
-            reader.lag = case.lag
+        if case.lag is not None:
+            for reader in engine._readers:
+                reader.lag = case.lag
         for run in case.runs:
             requests = [TokenRequest(*arguments) for arguments in run]
             order.append(list(engine.run(requests)))
@@ -76,7 +79,10 @@ def run_case(world: World, case: Case) -> Outcome:
         pipeline.stop()
     else:
         assert pipeline.serve()
-    return Outcome(tokens, order, pipeline.hops(), world.gather(pipeline.shard.layers))
+    parts = [part for slot in pipeline._rank._slots for part in slot._parts]
+    modes = {(part.is_persistent, part.is_recorded) for part in parts}
+    layers = pipeline.shard.layers
+    return Outcome(tokens, order, pipeline.hops(), world.gather(layers), world.gather(modes))
 
 
 def give_up_and_go_on(path: str, settings: dict[str, Any], run: list[tuple]) -> list[list[int]]:

@@ -7,6 +7,7 @@ from fastshard.checkpoint import GenerationDefaults, TextTokenizer
 from fastshard.prompts import Prompt, choose_sampling, encode_prompt
 from fastshard.sampling import Sampling
 from fastshard.text import Continuation
+from fastshard.token_loop import DEFAULT_NEW_TOKENS
 
 _NUM_SEEDS = 2**63
 
@@ -55,16 +56,21 @@ def text_requests(
     tokenizer: TextTokenizer | None,
     defaults: GenerationDefaults,
     *,
-    max_new_tokens: int,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    seed: int,
-    stop: str | Sequence[str],
-    chat: bool,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    chat: bool = False,
 ) -> list[TextRequest]:
-    """A request a prompt; its settings as ``TextGenerator.generate_many`` has them.
+    """A request a prompt, each with a seed of its own: ``seed + index``.
+
+    Args:
+        tokenizer: Of the checkpoint, as ``defaults``.
+
+    The other arguments are those of ``TextGenerator.generate_many``.
 
     Raises:
         ValueError: there are no prompts or no tokenizer, or a setting is out of its range.

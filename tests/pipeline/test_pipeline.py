@@ -124,8 +124,15 @@ def test_an_end_token_ends_its_request_alone(paths, alone, lag):
         Case(paths["mistral"], SETTINGS | {"in_flight": in_flight}, [run, GREEDY], lag)
         for in_flight in (1, 2)
     ]
+    num_run = sum(
+        len(prompt) + len(row) - 1
+        for rows in (expected, free)
+        for prompt, row in zip(PROMPTS, rows, strict=True)
+    )
+    num_in_vain = lag * sum(len(row) < NUM_TOKENS for row in expected)
     for outcome in run_ranks(3, "pipeline_programs:run_cases", cases)[0]:
         assert outcome.tokens == [expected, free]
+        assert [sent.num_tokens for sent in outcome.hops] == [num_run + num_in_vain] * 2
 
 
 def test_each_rank_reads_its_own_layers_alone(paths, alone, tmp_path):
