@@ -23,6 +23,7 @@ def describe(tp: int) -> dict:
             "forward": dist.get_process_group_ranks(groups.forward),
             "is_apart": groups.forward is not groups.back,
             "uses_nccl": world.uses_nccl,
+            "num_sharing": world.num_sharing,
             "gathered": world.gather({"rank": world.rank, "of": tensor}),
         }
 
@@ -35,10 +36,16 @@ def use_the_store() -> list[str]:
         return [store.get(f"{rank}").decode() for rank in range(world.size)]
 
 
-def is_initialized_after_close() -> list[bool]:
-    """Whether torch.distributed is, inside and behind."""
-    with join_world():
-        inside = dist.is_initialized()
+def is_initialized(fails: bool) -> list[bool]:
+    """Whether torch.distributed is, inside a world and behind it."""
+    inside = False
+    try:
+        with join_world():
+            inside = dist.is_initialized()
+            if fails:
+                raise LookupError
+    except LookupError:
+        pass
     return [inside, dist.is_initialized()]
 
 

@@ -1,7 +1,7 @@
 """Many devices: which of them holds which layers, and the processes that run them."""
 
 from fastshard.dist.fit import WORKSPACE_BYTES, check_fit
-from fastshard.dist.hops import Hop, Sent
+from fastshard.dist.hops import Hop, Hops, Sent, connect
 from fastshard.dist.partition import (
     RankShare,
     check_cover,
@@ -12,19 +12,22 @@ from fastshard.dist.partition import (
     smallest_largest_share,
     split_that_fits,
 )
-from fastshard.dist.world import World, join_world
+from fastshard.dist.world import World, join_world, local_device
 
 __all__ = [
     "WORKSPACE_BYTES",
     "Hop",
+    "Hops",
     "RankShare",
     "Sent",
     "World",
     "check_cover",
     "check_fit",
     "check_shares",
+    "connect",
     "even_split",
     "join_world",
+    "local_device",
     "partition",
     "plan",
     "smallest_largest_share",

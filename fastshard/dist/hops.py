@@ -1,4 +1,4 @@
-"""Hop: tensors of known shape from rank to rank, counted.
+"""Hops: tensors of known shape from rank to rank, counted.
 
 What may wait for what, and why nothing waits in a circle:
 
@@ -13,12 +13,15 @@ What may wait for what, and why nothing waits in a circle:
   in. Sends leave without their receiver: NCCL buffers several small ones for each pair of ranks.
 """
 
+import warnings
 from collections import deque
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastshard.dist.world import World
 
 
 class Sent(NamedTuple):
@@ -88,12 +91,8 @@ class Hop:
         dist.irecv(host, self._source, group=self._group).wait()
         return into.copy_(host, non_blocking=True)
 
-    def connect(self, device: torch.device) -> None:
-        """Meet both neighbours; every rank must, and each hop's ranks in one chain.
-
-        NCCL connects two ranks at their first tensor, and the process waits for it. That is here,
-        from the chain's first rank to its last, and not between steps.
-        """
+    def meet(self, device: torch.device) -> None:
+        """Receive from the source, then send to the target, what does not count."""
         token = torch.zeros(1, dtype=torch.int64, device=device)
         if self._source is not None:
             self.receive(token)
@@ -105,6 +104,48 @@ class Hop:
         """Wait until all that was sent was taken."""
         while self._on_their_way:
             self._on_their_way.popleft()[0].wait()
+
+
+class Hops(NamedTuple):
+    """A rank's ways to its neighbours.
+
+    Attributes:
+        forward: Hidden states, from a stage to the next.
+        back: Tokens, from the last stage to the first.
+    """
+
+    forward: Hop
+    back: Hop
+
+
+def connect(world: World) -> Hops | None:
+    """Meet the neighbours; every rank must. None where there is one stage.
+
+    NCCL connects two ranks at their first tensor: the process waits for the other one, and memory
+    is taken on both GPUs. That is better here, from the first stage to the last and back, than
+    between steps, and before the free memory is shared out.
+    """
+    if world.num_stages == 1:
+        return None
+    is_first, is_last = world.is_first_stage, world.is_last_stage
+    forward = Hop(
+        world.groups.forward,
+        source=None if is_first else world.previous_rank,
+        target=None if is_last else world.next_rank,
+        uses_nccl=world.uses_nccl,
+    )
+    back = Hop(
+        world.groups.back,
+        source=world.previous_rank if is_first else None,
+        target=world.next_rank if is_last else None,
+        uses_nccl=world.uses_nccl,
+    )
+    with warnings.catch_warnings():
+        # Of a communicator for each pair of ranks: just what is wanted, see ``World``.
+        warnings.filterwarnings("ignore", message=".*unbatched P2P op")
+        for hop in (forward, back):
+            hop.meet(world.device)
+    return Hops(forward, back)
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -160,8 +160,10 @@ class World:
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *rest) -> None:
+        # After an error the others may never leave, and the process ends anyway.
+        if error is None:
+            self.close()
 
 
 def join_world(
@@ -174,23 +176,29 @@ def join_world(
 
     Args:
         tp: Ranks that share a stage's layers.
-        device: Of this rank; ``cuda`` is the GPU of its place on its host, ``LOCAL_RANK``. Ranks
-            may share one, which NCCL does not know: they talk by gloo then.
+        device: Of this rank, as ``local_device`` takes it. Ranks may share a GPU, which NCCL does
+            not allow: they talk by gloo then.
         start_timeout: Seconds to wait for torchrun's store.
 
     Raises:
         ValueError: ``tp`` does not divide the number of ranks.
         RuntimeError: the store is not reached.
     """
-    device = torch.device(device)
+    device = local_device(device)
     launched = launched_rank()
     if launched is None or launched.size == 1:
         return World(tp=tp, device=device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", launched.local_rank)
     limit = timedelta(seconds=start_timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
     return World(rank, size, tp=tp, device=device, store=store)
+
+
+def local_device(device: torch.device | str) -> torch.device:
+    """``device``; on a rank of torchrun, of ``cuda`` the GPU of its place on its host."""
+    device, launched = torch.device(device), launched_rank()
+    if launched is None or device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", launched.local_rank)
 
 
 def _device_name(device: torch.device) -> tuple[bool, str, str]:

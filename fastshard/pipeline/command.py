@@ -8,7 +8,7 @@ import torch
 from fastshard.checkpoint import Checkpoint
 from fastshard.decode import check_mode
 from fastshard.devices import check_device, check_dtype, default_device, default_dtype
-from fastshard.dist import Sent, World, join_world
+from fastshard.dist import Sent, World, join_world, local_device
 from fastshard.generate_command import (
     describe_texts,
     model_name,
@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--shards cuts one process, with torchrun each rank is a shard: leave it out"
         )
-    with join_world(device=args.device or default_device()) as world:
-        check_device(world.device)
+    device = local_device(args.device or default_device())
+    check_device(device)
+    with join_world(device=device) as world:
         checkpoint = open_checkpoint(args)
         if world.rank == 0:
             return _lead(args, world, checkpoint)

@@ -8,7 +8,7 @@ import torch
 from fastshard.checkpoint import Checkpoint
 from fastshard.decode import WholeModel, check_mode, shards_of
 from fastshard.devices import available_bytes
-from fastshard.dist import WORKSPACE_BYTES, Sent, World, partition
+from fastshard.dist import WORKSPACE_BYTES, Sent, World, connect, partition
 from fastshard.loading import load_shard
 from fastshard.models import Shard
 from fastshard.pipeline.engine import Engine, serve
@@ -83,6 +83,7 @@ class Pipeline:
         """
         self.world = world
         self.settings: Settings = world.gather(settings)[0]
+        hops = connect(world)
         self.shard: Shard = _shards(checkpoint, world, self.settings)[world.stage]
         model = load_shard(
             checkpoint,
@@ -96,6 +97,7 @@ class Pipeline:
         self._rank = PipelineRank(
             world,
             [model],
+            hops,
             num_slots=self.settings.in_flight,
             context=self.settings.context,
             chunk_size=self.settings.chunk_size,

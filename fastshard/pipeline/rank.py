@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastshard.decode import choose_mode, warn_of_fallback
-from fastshard.dist import Hop, Sent, World
+from fastshard.dist import Hops, Sent, World
 from fastshard.models import ShardedGeneralModel
 from fastshard.pipeline.commands import Chunk, Collect, Command, Start, Step
 from fastshard.pipeline.slot import Slot
@@ -31,17 +31,19 @@ class PipelineRank:
         self,
         world: World,
         models: Sequence[ShardedGeneralModel],
+        hops: Hops | None = None,
         *,
         num_slots: int,
         context: int,
         chunk_size: int,
         mode: str,
     ):
-        """Take all memory, capture what is captured, and meet the neighbours; every rank must.
+        """Take all memory, and capture what is captured.
 
         Args:
             world: This rank among the others.
             models: This stage's layers; in a world of one, all layers, on any devices.
+            hops: To and from the other stages; None where there are none.
             num_slots: Requests in flight.
             context: Slots of each request's cache.
             chunk_size: Most tokens of a prompt at a time.
@@ -52,8 +54,7 @@ class PipelineRank:
         self.context = context
         self.chunk_size = chunk_size
         self.num_done: int = 0
-        self._forward: Hop | None = None
-        self._back: Hop | None = None
+        self._forward, self._back = (None, None) if hops is None else hops
         self._device = models[0].device
         chosen, reason = choose_mode(mode, models, 1)
         if reason is not None:
@@ -67,35 +68,14 @@ class PipelineRank:
                 chosen = "graph"
             self._slots.append(slot)
         self._tokens: list[Tensor | None] = [None] * num_slots  # the newest of each slot
-        self._arrivals: Tensor | None = None
         self._arrival = [0] * num_slots
-        if world.num_stages > 1:
-            self._meet(models[0])
-
-    def _meet(self, model: ShardedGeneralModel) -> None:
-        world, groups = self.world, self.world.groups
-        is_first, is_last = world.is_first_stage, world.is_last_stage
-        self._forward = Hop(
-            groups.forward,
-            source=None if is_first else world.previous_rank,
-            target=None if is_last else world.next_rank,
-            uses_nccl=world.uses_nccl,
-        )
-        self._back = Hop(
-            groups.back,
-            source=world.previous_rank if is_first else None,
-            target=world.next_rank if is_last else None,
-            uses_nccl=world.uses_nccl,
-        )
-        with torch.inference_mode(False):
-            if is_first:
-                shape = (self.num_slots, _NUM_ARRIVALS, 1)
+        with torch.inference_mode(False):  # requests may come in it or outside of it
+            if world.is_first_stage:
+                shape = (num_slots, _NUM_ARRIVALS, 1)
                 self._arrivals = torch.zeros(shape, dtype=torch.int64, device=self._device)
             else:
-                shape = (1, min(self.chunk_size, self.context), model.config.hidden_size)
-                self._chunk = torch.empty(shape, dtype=model.dtype, device=self._device)
-        self._forward.connect(self._device)
-        self._back.connect(self._device)
+                shape = (1, min(chunk_size, context), models[0].config.hidden_size)
+                self._chunk = torch.empty(shape, dtype=models[0].dtype, device=self._device)
 
     @property
     def sent(self) -> Sent:

@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 
 from fastshard import environment
-from fastshard.dist import World, join_world
+from fastshard.dist import World, join_world, local_device
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,7 @@ def test_places_of_four_stages():
             "forward": [0, 1, 2, 3],
             "is_apart": True,
             "uses_nccl": False,
+            "num_sharing": 4,  # the CPUs of one host
         }
 
 
@@ -55,8 +56,27 @@ def test_the_store_has_room_for_others():
     assert run_ranks(2, "world_programs:use_the_store") == [["from 0", "from 1"]] * 2
 
 
-def test_a_closed_world_is_left():
-    assert run_ranks(2, "world_programs:is_initialized_after_close") == [[True, False]] * 2
+def test_a_world_is_left_unless_something_went_wrong():
+    """Then the others may never leave it."""
+    assert run_ranks(2, "world_programs:is_initialized", False) == [[True, False]] * 2
+    assert run_ranks(2, "world_programs:is_initialized", True) == [[True, True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "expected"),
+    [
+        ("cpu", 2, "cpu"),
+        ("cuda", 2, "cuda:2"),
+        ("cuda:0", 2, "cuda:0"),
+        ("cuda", None, "cuda"),
+        (torch.device("cuda"), 1, "cuda:1"),
+    ],
+)
+def test_the_device_of_a_rank(monkeypatch, device, local_rank, expected):
+    if local_rank is not None:
+        for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", local_rank)):
+            monkeypatch.setenv(name, str(value))
+    assert local_device(device) == torch.device(expected)
 
 
 def test_tp_must_divide_the_ranks():
