@@ -47,6 +47,7 @@ def test_import_takes_in_torch_and_nothing_heavy(tmp_path):
     heavy = {"tokenizers", "huggingface_hub", "jinja2", "rich", "safetensors", "transformers"}
     heavy |= {"torchtune", "torchao", "matplotlib", "optuna", "pyarrow", "sympy", "asyncio", "http"}
     heavy |= {"torch._dynamo", "torch._inductor", "torch.onnx", "torch.export"}
+    heavy |= {"fastshard.pipeline"}
     code = (
         "import sys, torch; before = set(sys.modules); import fastshard; "
         f"print(sorted({heavy!r} & (set(sys.modules) - before)))"

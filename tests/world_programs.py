@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from fastshard.dist import join_world
+from fastshard.dist import connect, join_world
 
 
 def describe(tp: int) -> dict:
@@ -75,3 +75,28 @@ def messages_in_each_group() -> list[float]:
         for work in sent:
             work.wait()
         return received
+
+
+def send_ahead() -> list:
+    """Three tensors are on their way before the next rank takes any; what each rank got and sent.
+
+    Around the ring of stages: hidden states forward, tokens back.
+    """
+    with join_world() as world:
+        hops = connect(world)
+        hop = hops.forward if not world.is_last_stage else hops.back
+        values = [torch.full((1, 2, 3), 10.0 * world.rank + i) for i in range(3)]
+        for value in values:
+            hop.send(value, num_tokens=2, max_on_their_way=3)
+        world.gather(None)  # everyone has sent, and nobody has received
+        source = hops.back if world.is_first_stage else hops.forward
+        into = torch.zeros(4, 2, 3)
+        got = [source.receive(into[:1]).flatten().tolist() for _ in range(3)]
+        hop.finish()
+        return [got, hops.forward.sent, hops.back.sent, into[1:].any().item()]
+
+
+def hops_of_one_stage() -> bool:
+    """Whether ranks that share all layers have no hops."""
+    with join_world(tp=2) as world:
+        return connect(world) is None
