@@ -65,7 +65,9 @@ def run_cases(cases: list[Case], tp: int = 1, device: str = "cpu") -> list[Outco
 
 def run_case(world: World, case: Case) -> Outcome:
     checkpoint = Checkpoint(case.path.format(rank=world.rank))
-    pipeline = Pipeline(checkpoint, world, Settings(**case.settings))
+    # Rank 0's settings are those of all.
+    settings = Settings(**case.settings) if world.rank == 0 else None
+    pipeline = Pipeline(checkpoint, world, settings)
     tokens, order = [], []
     if world.rank == 0:
         engine = pipeline._engine
@@ -91,17 +93,21 @@ def give_up_and_go_on(path: str, settings: dict[str, Any], run: list[tuple]) -> 
         pipeline = Pipeline(Checkpoint(path), world, Settings(**settings))
         if world.rank:
             return [[int(pipeline.serve())]]
-        left = pipeline._engine.run([TokenRequest(*arguments) for arguments in run])
+        engine = pipeline._engine
+        left = engine.run([TokenRequest(*arguments) for arguments in run])
         for _ in range(4):
             next(left)
         requests = [TokenRequest(*arguments) for arguments in run]
-        for _ in pipeline._engine.run(requests):
+        for _ in engine.run(requests):
             pass
         try:
             next(left)
         except RuntimeError as error:
             requests[0].tokens.append(str(error))
+        next(engine.run([TokenRequest(*arguments) for arguments in run]))
+        requests[1].tokens.append(f"{len(engine._not_collected)} on their way")
         pipeline.stop()
+        requests[1].tokens.append(f"{len(engine._not_collected)} on their way")
         return [request.tokens for request in requests]
 
 
@@ -120,7 +126,7 @@ def error_of(path: str, settings: dict[str, Any]) -> str:
     """What making the pipeline raises."""
     with join_world() as world:
         try:
-            Pipeline(Checkpoint(path), world, Settings(**settings))
+            Pipeline(Checkpoint(path), world, Settings(**settings) if world.rank == 0 else None)
         except ValueError as error:
             return str(error)
         return "none"

@@ -174,9 +174,10 @@ def test_ranks_of_a_stage_get_the_same_commands_and_tokens(paths, alone):
 
 
 def test_a_run_that_was_given_up(paths, alone):
-    """What it left on its way is taken, and it cannot go on."""
+    """What it left on its way is taken by the next, or at the end; and it cannot go on."""
     expected = list(alone("llama", GREEDY))
     expected[0] = [*expected[0], "the texts cannot go on: their pipeline got others"]
+    expected[1] = [*expected[1], "2 on their way", "0 on their way"]
     ranks = run_ranks(2, "pipeline_programs:give_up_and_go_on", paths["llama"], SETTINGS, GREEDY)
     assert ranks == [expected, [[1]]]
 
