@@ -5,12 +5,16 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_checkpoints import SIZES, edit_json, make_reference, write_tokenizer
 
 import fastshard
 from fastshard import cli
+from fastshard.checkpoint import Checkpoint
+from fastshard.pipeline import command
 
 PROMPTS = ["ab", "cdefg", "h", "ij"]
 SETTINGS = {"max_new_tokens": 7, "temperature": 1.2, "top_k": 60, "seed": 5}
@@ -90,6 +94,30 @@ def test_what_cannot_be_is_an_error_of_every_rank(path):
     assert (status, out) == (1, "")
     message = "--shards cuts one process, with torchrun each rank is a shard: leave it out"
     assert f"fastshard: error: {message}\n" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "lengths", "expected"),
+    [
+        ([], [5, 9], {"context": 9 + 20, "in_flight": 2, "mode": "auto", "layers": None}),
+        ([], [5] * 9, {"context": 5 + 20, "in_flight": 6}),  # two for each of three ranks
+        (["--in-flight", "4"], [5] * 9, {"in_flight": 4}),
+        (["--in-flight", "4"], [5] * 2, {"in_flight": 2}),
+        ([], [60], {"context": 64}),  # of the model
+        (["--dtype", "bfloat16"], [5], {"dtype": torch.bfloat16}),
+        (["--layers", "0,1,2"], [5], {"layers": (range(0, 1), range(1, 2), range(2, 3))}),
+        (["--decode", "eager"], [5], {"mode": "eager"}),
+        (["--prefill-chunk-size", "7"], [5], {"chunk_size": 7}),
+    ],
+)
+def test_settings_of_three_ranks(path, monkeypatch, words, lengths, expected):
+    monkeypatch.delenv("FASTSHARD_DECODE", raising=False)
+    arguments = ["generate", "ab", "--max-new-tokens", "20", *words]
+    args = cli.build_parser().parse_args(arguments)
+    requests = [SimpleNamespace(prompt=[1] * length) for length in lengths]
+    world = SimpleNamespace(num_stages=3, device=torch.device("cpu"))
+    settings = command._settings(args, world, Checkpoint(path), requests)
+    assert vars(settings) | expected == vars(settings)
 
 
 # From a file, in one process.
