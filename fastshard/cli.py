@@ -114,16 +114,43 @@ def _add_generate(commands) -> None:
     generate = commands.add_parser(
         "generate",
         help="continue a prompt",
-        description="Continue PROMPT and print the text as it comes.",
+        description="Continue PROMPT and print the text as it comes. Many GPUs, each with part of "
+        "the layers: torchrun --nproc-per-node N -m fastshard generate ...",
     )
     generate.set_defaults(run=generate_command.run)
     add = generate.add_argument
-    add("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="text to continue; - reads it from stdin"
+    )
+    prompts.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="continue each line; of a .jsonl each line is a JSON string. Prints a line of JSON a "
+        "prompt, in their order",
+    )
     add("--model", metavar="DIR|HUB_ID", help="checkpoint (default: the embedded demo model)")
     split = generate.add_mutually_exclusive_group()
     split.add_argument("--shards", type=count, metavar="N", help="cut the layers into N shards")
     split.add_argument(
-        "--layers", type=layers, metavar="A-B,C-D", help="layers of each shard, ends included"
+        "--layers",
+        type=layers,
+        metavar="A-B,C-D",
+        help="layers of each shard, with torchrun of each rank, ends included",
+    )
+    add(
+        "--tp",
+        type=count,
+        metavar="N",
+        default=1,
+        help="with torchrun: N ranks in turn share their layers, each a part of every one; "
+        "--layers is then for each N ranks (default: 1)",
+    )
+    add(
+        "--in-flight",
+        type=count,
+        metavar="N",
+        help="prompts that are generated in turns (default: 1, with torchrun 2 a rank)",
     )
     add("--device", help="cpu, cuda or cuda:N (default: the GPU, if this build serves one)")
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else the checkpoint's 16 bit")

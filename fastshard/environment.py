@@ -2,6 +2,23 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
+
+
+class LaunchedRank(NamedTuple):
+    """This process among those of torchrun."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def launched_rank() -> LaunchedRank | None:
+    """What torchrun says of this process: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``; else None."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(os.environ.get(name) for name in names):
+        return None
+    return LaunchedRank(*(int(os.environ[name]) for name in names))
 
 
 def cache_dir() -> Path:

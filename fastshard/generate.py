@@ -1,8 +1,8 @@
 """Generation: shards chained in one process, and text as it comes."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from fastshard.checkpoint import GenerationDefaults, TextTokenizer
 from fastshard.decode import check_mode
 from fastshard.models import ModelConfig, ShardedGeneralModel
+from fastshard.prompts import Prompt, choose_sampling, encode_prompt
 from fastshard.sampling import Sampling
-from fastshard.text import Detokenizer, StopFilter
+from fastshard.text import Continuation
 from fastshard.token_loop import (
     DEFAULT_NEW_TOKENS,
     DEFAULT_PREFILL_CHUNK_SIZE,
@@ -20,6 +21,9 @@ from fastshard.token_loop import (
     read_behind,
     token_steps,
 )
+
+if TYPE_CHECKING:
+    from fastshard.pipeline import Texts
 
 
 class TextGenerator:
@@ -31,7 +35,7 @@ class TextGenerator:
 
     def stream(
         self,
-        prompt: str | Sequence[Mapping[str, str]],
+        prompt: Prompt,
         *,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         temperature: float | None = None,
@@ -70,25 +74,75 @@ class TextGenerator:
                 not fit the context.
         """
         self._check_streams()
-        if self.tokenizer is None:
-            raise ValueError("stream needs a tokenizer, and the checkpoint has no tokenizer.json")
-        if chat:
-            tokens = self.tokenizer.encode_chat(prompt)
-        elif isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
-        else:
-            raise TypeError(f"prompt must be a string without chat, got {type(prompt).__name__}")
-        defaults = self.generation_defaults
-        sampling = Sampling(
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-            min_p=defaults.min_p if min_p is None else min_p,
+        tokens = encode_prompt(self.tokenizer, prompt, chat)
+        sampling = choose_sampling(
+            self.generation_defaults,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
             seed=seed,
         )
         stops = [stop] if isinstance(stop, str) else list(stop)
         mode = check_mode(decode)
         return TextStream(self, tokens, max_new_tokens, sampling, stops, mode, prefill_chunk_size)
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        chat: bool = False,
+        decode: str | None = None,
+        prefill_chunk_size: int = DEFAULT_PREFILL_CHUNK_SIZE,
+        in_flight: int = 1,
+    ) -> "Texts":
+        """Continue many prompts, in their order, piece by piece.
+
+        Each has its own cache and its own sampling: its text is that of ``stream`` with the seed
+        ``seed + index``, whatever is generated beside it. In one process that is no faster than one
+        prompt after another; ``fastshard.pipeline`` does the same over many.
+
+        Args:
+            prompts: As ``stream`` takes one, each.
+            seed: Of the first prompt; each other has the next one.
+            in_flight: Prompts that are generated in turns. Others wait until one of these ends.
+
+        The other arguments are those of ``stream``, for each prompt.
+
+        Returns:
+            An iterator over ``(index, piece)``: all pieces of a text before those of the next, at
+            least one each, which may be empty.
+
+        Raises:
+            ValueError: as ``stream``; there are no prompts, or ``in_flight`` is below 1.
+            TypeError: ``prompts`` is one string, or one of them no text.
+        """
+        from fastshard.pipeline import generate_in_process, text_requests
+
+        self._check_streams()
+        requests = text_requests(
+            prompts,
+            self.tokenizer,
+            self.generation_defaults,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            chat=chat,
+        )
+        return generate_in_process(
+            self, requests, in_flight=in_flight, chunk_size=prefill_chunk_size, mode=decode
+        )
 
     def _check_streams(self) -> None:
         """Raise where this is no whole model."""
@@ -174,11 +228,11 @@ class TextStream:
         self.decode_seconds: float = 0.0
         room = check_room(model, [prompt], max_new_tokens)
         check_chunk_size(prefill_chunk_size)
+        defaults = model.generation_defaults
+        decode = model.tokenizer.decode
+        self._text = Continuation(decode, prompt, defaults.eos_tokens, stops)
         steps = token_steps(model, [prompt], room, sampling, mode, prefill_chunk_size)
         self._steps = read_behind(steps)
-        self._eos_tokens = set(model.generation_defaults.eos_tokens)
-        self._detokenizer = Detokenizer(model.tokenizer.decode, prompt)
-        self._stop_filter = StopFilter(stops)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -195,13 +249,11 @@ class TextStream:
                 self.prefill_seconds = passed
             self.decode_seconds = passed - self.prefill_seconds
             self.num_tokens += 1
-            if token in self._eos_tokens:
-                break
-            text = self._stop_filter.push(self._detokenizer.push(token))
+            text = self._text.push(token)
             if text:
                 yield text
-            if self._stop_filter.stopped:
-                return
-        rest = self._stop_filter.push(self._detokenizer.finish()) + self._stop_filter.finish()
+            if self._text.ended:
+                break
+        rest = self._text.finish()
         if rest:
             yield rest

@@ -1,6 +1,6 @@
 """Tokens to a stream of text: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 6  # tokens decoded along, so that a decoder's treatment of the first one does not show
@@ -84,3 +84,46 @@ class StopFilter:
 
     def _begins_stop(self, end: str) -> bool:
         return any(stop.startswith(end) for stop in self._stops)
+
+
+class Continuation:
+    """The text that the tokens after a prompt make, up to an end token or a stop string.
+
+    Args:
+        decode: Text of a list of tokens.
+        prompt: The tokens before.
+        eos_tokens: Any of them ends the text.
+        stops: The text ends before the first of these.
+
+    Attributes:
+        num_tokens: Tokens pushed, an end token included.
+        ended: Whether an end token or a stop string was met.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        prompt: Sequence[int],
+        eos_tokens: Collection[int],
+        stops: Sequence[str],
+    ):
+        self.num_tokens: int = 0
+        self.ended: bool = False
+        self._eos_tokens = frozenset(eos_tokens)
+        self._detokenizer = Detokenizer(decode, prompt)
+        self._stop_filter = StopFilter(stops)
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; may be empty."""
+        self.num_tokens += 1
+        if token in self._eos_tokens:
+            self.ended = True
+            return ""
+        text = self._stop_filter.push(self._detokenizer.push(token))
+        self.ended = self._stop_filter.stopped
+        return text
+
+    def finish(self) -> str:
+        """What is held back, once no token follows."""
+        rest = self._stop_filter.push(self._detokenizer.finish())
+        return rest + self._stop_filter.finish()

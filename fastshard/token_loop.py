@@ -61,12 +61,24 @@ def check_room(model: WholeModel, prompts: Sequence[Sequence[int]], max_new_toke
     """How many tokens may follow the longest prompt.
 
     Raises:
-        ValueError: a prompt is empty, fills the context or holds what is no token, there is none,
-            ``max_new_tokens`` is not positive, or the model keeps no cache.
+        ValueError: as ``check_prompts``, or the model keeps no cache.
     """
-    context, vocab_size = model.config.max_seq_len, model.config.vocab_size
     if not all(m.use_cache or m.model.caches_are_enabled() for m in shards_of(model)):
         raise ValueError("use_cache must be True for a model that generates text, got False")
+    context = model.config.max_seq_len
+    check_prompts(prompts, max_new_tokens, context, model.config.vocab_size)
+    return min(max_new_tokens, context - max(map(len, prompts)))
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int, vocab_size: int
+) -> None:
+    """Raise unless each prompt may be continued within a context of so many tokens.
+
+    Raises:
+        ValueError: a prompt is empty, fills the context or holds what is no token, there is none,
+            or ``max_new_tokens`` is not positive.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not prompts:
@@ -83,7 +95,6 @@ def check_room(model: WholeModel, prompts: Sequence[Sequence[int]], max_new_toke
                 f"prompt must hold tokens of 0 to {vocab_size - 1}, got {min(prompt)} to "
                 f"{max(prompt)}"
             )
-    return min(max_new_tokens, context - max(map(len, prompts)))
 
 
 def check_chunk_size(prefill_chunk_size: int) -> None:
@@ -142,7 +153,7 @@ def read_behind(steps: Iterator[Tensor]) -> Iterator[list[int]]:
             yield tokens.tolist()
             continue
         if copies is None:
-            copies = _HostCopies(tokens)
+            copies = HostCopies(tokens)
         copies.push(tokens)
         if copies.num_pending == 2:
             yield copies.pop()
@@ -150,10 +161,13 @@ def read_behind(steps: Iterator[Tensor]) -> Iterator[list[int]]:
         yield copies.pop()
 
 
-class _HostCopies:
+class HostCopies:
     """Up to two steps' tokens on their way to the host, on a stream of their own.
 
     A read on the stream of the steps would wait for the step after, and the GPU then for the host.
+
+    Args:
+        tokens: As those that are pushed; on a GPU.
     """
 
     def __init__(self, tokens: Tensor):
@@ -175,6 +189,10 @@ class _HostCopies:
             self._events[index].record(self._stream)
         tokens.record_stream(self._stream)  # its memory is not reused before the copy is done
         self._num_pushed += 1
+
+    def clear(self) -> None:
+        """Let what is pending be; its copies may go on."""
+        self._num_popped = self._num_pushed
 
     def pop(self) -> list[int]:
         """Wait for the oldest copy, and return its tokens."""

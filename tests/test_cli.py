@@ -143,9 +143,9 @@ def test_layers_are_the_shards(run, monkeypatch):
     spans = []
     load_weights = loading.load_weights
 
-    def spy(targets, index, config, shard, report=None):
+    def spy(targets, index, config, shard, report=None, **settings):
         spans.append((shard.start_layer, shard.end_layer))
-        load_weights(targets, index, config, shard, report)
+        load_weights(targets, index, config, shard, report, **settings)
 
     monkeypatch.setattr(loading, "load_weights", spy)
     run("ab", "--layers", "0-1,2")
@@ -181,7 +181,7 @@ def test_dtype_is_the_models(run, monkeypatch):
         (["--shards", "2", "--layers", "0-2", "a"], "not allowed with argument"),
         (["--dtype", "int8", "a"], "argument --dtype: invalid choice: 'int8'"),
         (["--decode", "fast", "a"], "argument --decode: invalid choice: 'fast'"),
-        ([], "the following arguments are required: PROMPT"),
+        ([], "one of the arguments PROMPT --prompts-file is required"),
         (["a", "b"], "unrecognized arguments: b"),
     ],
 )

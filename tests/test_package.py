@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ranks import run_ranks
 
 import fastshard
 from fastshard import build_record, ops
@@ -25,6 +26,10 @@ def test_tests_import_the_installed_wheel():
     version, _, local = importlib.metadata.version("fastshard").partition("+")
     assert version == fastshard.__version__
     assert local == cuda_major_of(build_record.CUDA_VERSION)
+
+
+def test_ranks_import_it_too():
+    assert run_ranks(1, "ranks:package_file") == [fastshard.__file__]
 
 
 def test_build_record_matches_the_wheel():
@@ -47,6 +52,7 @@ def test_import_takes_in_torch_and_nothing_heavy(tmp_path):
     heavy = {"tokenizers", "huggingface_hub", "jinja2", "rich", "safetensors", "transformers"}
     heavy |= {"torchtune", "torchao", "matplotlib", "optuna", "pyarrow", "sympy", "asyncio", "http"}
     heavy |= {"torch._dynamo", "torch._inductor", "torch.onnx", "torch.export"}
+    heavy |= {"fastshard.pipeline"}
     code = (
         "import sys, torch; before = set(sys.modules); import fastshard; "
         f"print(sorted({heavy!r} & (set(sys.modules) - before)))"

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from fastshard.text import Detokenizer, StopFilter
+from fastshard.text import Continuation, Detokenizer, StopFilter
 
 TEXT = "Grüße, 世界! \N{GRINNING FACE}\N{ZERO WIDTH JOINER}\N{FIRE} a  b\n\té ½"
 
@@ -122,3 +122,25 @@ def test_text_is_held_only_while_a_stop_may_begin():
 def test_an_empty_stop_string_raises():
     with pytest.raises(ValueError, match=r"stop must be non-empty strings, got \['a', ''\]"):
         StopFilter(["a", ""])
+
+
+LETTERS = byte_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces", "end", "ended"),
+    [
+        ("abc", ["a", "b", "c"], "", False),
+        ("a\x00", ["a", ""], "", True),  # the end token is not in the text
+        ("aEN", ["a", "", ""], "EN", False),  # what may begin a stop string comes at the end
+        ("aEN\x00", ["a", "", "", ""], "EN", True),
+        ("aEND", ["a", "", "", ""], "", True),
+        ("ü", ["", "ü"], "", False),
+    ],
+)
+def test_a_continuation_ends_at_an_end_token_or_a_stop_string(text, pieces, end, ended):
+    continuation = Continuation(LETTERS, list(b"x "), [0], ["END"])
+    assert [continuation.push(token) for token in text.encode()] == pieces
+    assert continuation.ended == ended
+    assert continuation.finish() == end
+    assert continuation.num_tokens == len(text.encode())

@@ -19,19 +19,23 @@ from fastshard.decode.modes import (
     warn_of_fallback,
 )
 from fastshard.decode.shard_step import decode_weights
-from fastshard.decode.static import StaticDecoding
+from fastshard.decode.static import Part, StaticDecoding, by_device
 from fastshard.sampling import Sampling
 
 __all__ = [
     "MODES",
     "Decoding",
     "EagerDecoding",
+    "Part",
     "StaticDecoding",
     "WholeModel",
+    "by_device",
     "check_mode",
+    "choose_mode",
     "decode_weights",
     "shards_of",
     "start_decoding",
+    "warn_of_fallback",
 ]
 
 

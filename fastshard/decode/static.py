@@ -1,4 +1,8 @@
-"""StaticDecoding: steps over static buffers, which a GPU replays from CUDA graphs."""
+"""Steps over static buffers, which a GPU replays from CUDA graphs.
+
+``StaticDecoding`` goes on after one prompt. A ``Part``, shards on one device, takes prompt after
+prompt, and is what both it and the slots of a pipeline are made of.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -34,12 +38,21 @@ class StaticDecoding:
         self._caches = [model.model.any_cache for model in models]
         self._batch = len(tokens)
         self._num_held = num_held
-        self._num_steps = 0
-        with torch.inference_mode(False):  # later steps may be outside of it
-            self._parts = [
-                _Part(part, tokens, num_held, sampling, first_key, is_persistent)
-                for part in _by_device(self._models)
-            ]
+        room = self._caches[0].max_seq_len - num_held
+        self._parts = [
+            Part(
+                part,
+                self._batch,
+                room=room,
+                is_persistent=is_persistent,
+                sampling=sampling,
+                first_key=first_key,
+            )
+            for part in by_device(self._models)
+        ]
+        for part in self._parts:
+            part.begin(num_held)
+        self._parts[0].x.copy_(tokens)
 
     @property
     def mode(self) -> str:
@@ -60,8 +73,7 @@ class StaticDecoding:
         for model in self._models:
             model.model.advance(self._batch, 1)
         self._num_held += 1
-        self._num_steps += 1
-        return self._parts[-1].history[self._num_steps]
+        return x
 
     def _check_caches(self) -> None:
         for model, cache in zip(self._models, self._caches, strict=True):
@@ -69,97 +81,169 @@ class StaticDecoding:
                 raise RuntimeError("the text cannot go on: its model was given another prompt")
             cache.check_room(self._batch, 1)
 
-    def _run(self, part: "_Part") -> Tensor:
+    def _run(self, part: "Part") -> Tensor:
         was_persistent = self.mode == "persistent"
-        try:
-            return part.run()
-        except RuntimeError as error:
-            if not part.is_persistent or _NOT_RESIDENT not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-        part.use_layers()
-        if was_persistent:
+        x, reason = part.run()
+        if reason is not None and was_persistent:
             warn_of_fallback("persistent", "graph" if is_gpu(part.device) else "eager", reason)
-        return part.run()
+        return x
 
 
-def _by_device(models: Sequence[ShardedGeneralModel]) -> list[list[ShardedGeneralModel]]:
+def by_device(models: Sequence[ShardedGeneralModel]) -> list[list[ShardedGeneralModel]]:
     """Runs of shards on one device."""
     return [list(run) for _, run in groupby(models, key=lambda model: model.device)]
 
 
-class _Part:
+class Part:
     """Shards in turn on one device: their static buffers, and their CUDA graph.
 
     Attributes:
+        device: Where they are.
+        is_persistent: Whether a step of a shard is one launch.
         x: The input: tokens ``[b]`` int64, or the hidden state ``[b, hidden_size]``.
-        history: ``[steps + 1, b]`` int64, the tokens of every step, where it ends in logits.
+        history: ``[room + 1, b]`` int64, the tokens of every step, where it ends in logits.
     """
 
     def __init__(
         self,
         models: Sequence[ShardedGeneralModel],
-        tokens: Tensor,
-        num_held: int,
-        sampling: Sampling,
-        first_key: Tensor | None,
+        batch: int,
+        *,
+        room: int,
         is_persistent: bool,
+        is_captured: bool = True,
+        sampling: Sampling | None = None,
+        first_key: Tensor | None = None,
     ):
-        first, last, b = models[0], models[-1], len(tokens)
-        self.device = first.device
+        """Hold on to the caches that the models have, and to their weights.
+
+        Args:
+            models: In the order of their layers.
+            batch: Rows.
+            room: Most steps after a prompt.
+            is_persistent: Whether to run a shard in one launch, while that is possible.
+            is_captured: Whether a GPU replays a CUDA graph.
+            sampling: How every prompt's tokens are chosen: a part of the graph. None: each
+                ``begin`` says how, and the choice is launched beside the graph.
+            first_key: ``[b]``, keys before it (left padding) are not attended to.
+        """
+        first, last = models[0], models[-1]
+        self.device: torch.device = first.device
         self.is_persistent = is_persistent
+        self._is_captured = is_captured and is_gpu(self.device)  # once it is warm
         self._sampling = sampling
+        self._chooses_beside = sampling is None
         self._replay: Callable[[], None] | None = None
         self._is_warm = False
-        first_key = None if first_key is None else first_key.to(self.device, torch.int64)
-
-        # Slots, positions and lengths of the rows, and the draw: one addition counts them all.
-        self._counts = torch.full((3 * b + 1,), num_held, device=self.device)
-        slots, positions, lengths = self._counts[:-1].view(3, b)
-        if first_key is not None:
-            positions -= first_key
-        lengths += 1
-        self._draw = self._counts[-1].fill_(1)
-        self._shards = [ShardStep(model, slots, positions, lengths, first_key) for model in models]
-
+        self._num_steps = 0
         self._is_whole = first.shard.is_first_layer() and last.shard.is_last_layer()
-        if first.shard.is_first_layer():
-            self.x = tokens.to(self.device, copy=True)
-        else:
-            shape = (b, first.config.hidden_size)
-            self.x = torch.empty(shape, dtype=first.dtype, device=self.device)
-        self.history: Tensor | None = None
-        if last.shard.is_last_layer():
-            room = last.model.any_cache.max_seq_len - num_held
-            self.history = torch.zeros((room + 1, b), dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False):  # later steps may be outside of it
+            first_key = None if first_key is None else first_key.to(self.device, torch.int64)
+            self._first_key = first_key
+            # Slots, positions and lengths of the rows, and the draw: one addition counts them all.
+            self._counts = torch.zeros(3 * batch + 1, dtype=torch.int64, device=self.device)
+            self._slots, self._positions, self._lengths = self._counts[:-1].view(3, batch)
+            self._draw = self._counts[-1]
+            self._shards = [
+                ShardStep(model, self._slots, self._positions, self._lengths, first_key)
+                for model in models
+            ]
+            if first.shard.is_first_layer():
+                self.x = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            else:
+                shape = (batch, first.config.hidden_size)
+                self.x = torch.zeros(shape, dtype=first.dtype, device=self.device)
+            self.history: Tensor | None = None
+            if last.shard.is_last_layer():
+                shape = (room + 1, batch)
+                self.history = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._out = self.x
 
-    def run(self) -> Tensor:
-        """Launch one step; returns the next tokens ``[b]``, or the hidden state."""
-        if self._replay is None and self._is_warm and is_gpu(self.device):
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a step is the replay of a graph: then it does not look at the models."""
+        return self._replay is not None
+
+    @property
+    def will_be_recorded(self) -> bool:
+        return self._is_captured and self._replay is None
+
+    def drop_graph(self) -> None:
+        """Forget the graph; another step would record one anew."""
+        self._replay, self._is_warm = None, False
+
+    @torch.no_grad()
+    def begin(self, num_held: int, sampling: Sampling | None = None) -> None:
+        """Go on after another prompt, of which the caches hold ``num_held`` tokens.
+
+        Args:
+            sampling: How its tokens are chosen, unless every prompt's are chosen in one way.
+        """
+        self._counts.fill_(num_held)
+        if self._first_key is not None:
+            self._positions -= self._first_key
+        self._lengths += 1
+        self._draw.fill_(0)
+        self._num_steps = 0
+        if self._chooses_beside:
+            self._sampling = sampling
+
+    @torch.no_grad()
+    def choose_first(self, logits: Tensor) -> Tensor:
+        """Choose the tokens that follow the prompt, draw 0: ``[b]`` of ``[b, vocab_size]``."""
+        self._choose(logits)
+        return self.history[0]
+
+    @torch.no_grad()
+    def run(self) -> tuple[Tensor, str | None]:
+        """Launch one step, by the layers' own ops where one launch is not possible after all.
+
+        Returns:
+            The next tokens ``[b]``, a row of ``history``, or the hidden state ``[b, hidden_size]``,
+            which the next step overwrites. And if this step gave up running persistently, why.
+        """
+        reason = None
+        try:
+            self._run()
+        except RuntimeError as error:
+            if not self.is_persistent or _NOT_RESIDENT not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+        if reason is not None:
+            self.is_persistent = False
+            self.drop_graph()
+            self._run()
+        self._num_steps += 1
+        if self.history is None:
+            return self._out, reason
+        if self._chooses_beside:
+            self._choose(self._out)
+        return self.history[self._num_steps], reason
+
+    def _run(self) -> None:
+        if self._replay is None and self._is_warm and self._is_captured:
             self._replay = capture(self._launch, self.device)
         if self._replay is None:
             self._launch()
             self._is_warm = True
         else:
             self._replay()
-        return self._out
-
-    def use_layers(self) -> None:
-        """Go on by the layers' own ops."""
-        self.is_persistent, self._replay, self._is_warm = False, None, False
 
     def _launch(self) -> None:
         x = self.x
         for shard in self._shards:
             x = shard.persistent(x) if self.is_persistent else shard.by_layers(x)
-        if self.history is not None:
-            x = self._sampling.choose(x, self._draw)
-            self.history.index_copy_(0, self._draw.view(1), x[None])
-            if self._is_whole:
-                self.x.copy_(x)
         self._counts += 1
+        if self.history is not None and not self._chooses_beside:
+            self._choose(x)
         self._out = x
+
+    def _choose(self, logits: Tensor) -> None:
+        """Draw the tokens of this step into ``history``, and into the input of a whole model."""
+        tokens = self._sampling.choose(logits, self._draw)
+        self.history.index_copy_(0, self._draw.view(1), tokens[None])
+        if self._is_whole:
+            self.x.copy_(tokens)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
-"""Many devices: which of them holds which layers."""
+"""Many devices: which of them holds which layers, and the processes that run them."""
 
-from fastshard.dist.fit import check_fit
+from fastshard.dist.fit import WORKSPACE_BYTES, check_fit
+from fastshard.dist.hops import Hop, Hops, Sent, connect
 from fastshard.dist.partition import (
     RankShare,
     check_cover,
@@ -11,13 +12,25 @@ from fastshard.dist.partition import (
     smallest_largest_share,
     split_that_fits,
 )
+from fastshard.dist.tensor_parallel import TensorParallel, TensorParallelDecoder
+from fastshard.dist.world import World, join_world, local_device
 
 __all__ = [
+    "WORKSPACE_BYTES",
+    "Hop",
+    "Hops",
     "RankShare",
+    "Sent",
+    "TensorParallel",
+    "TensorParallelDecoder",
+    "World",
     "check_cover",
     "check_fit",
     "check_shares",
+    "connect",
     "even_split",
+    "join_world",
+    "local_device",
     "partition",
     "plan",
     "smallest_largest_share",

@@ -5,9 +5,11 @@ from fastshard.models.decoder import GeneralMHA, ShardTransformerDecoder
 from fastshard.models.footprint import ModelBytes, model_bytes
 from fastshard.models.inference_state import ShardInferenceState
 from fastshard.models.model import ShardedGeneralModel
+from fastshard.models.part import WHOLE, TensorPart, divided
 from fastshard.models.shard import Shard
 
 __all__ = [
+    "WHOLE",
     "GeneralMHA",
     "ModelBytes",
     "ModelConfig",
@@ -15,5 +17,7 @@ __all__ = [
     "ShardInferenceState",
     "ShardTransformerDecoder",
     "ShardedGeneralModel",
+    "TensorPart",
+    "divided",
     "model_bytes",
 ]

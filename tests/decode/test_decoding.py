@@ -1,22 +1,19 @@
 """Decoding: every mode gives eager's tokens and logits, keeps the counts, and falls back.
 
-On the CPU ``graph`` runs with a stand-in for a CUDA graph, which records the ops of a step and runs
-them again on the same tensors: a step that keeps anything on the host goes wrong in it too.
+On the CPU ``graph`` runs with a stand-in for a CUDA graph, ``tests/recorded_graphs.py``.
 """
 
 import warnings
 
 import pytest
 import torch
+from recorded_graphs import pretend_to_capture
 from tiny_checkpoints import FAMILIES, SIZES, edit_json, make_reference, write_tokenizer
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fastshard
 from fastshard import Shard, ShardChain, decode, generate_batch, ops
-from fastshard.decode import modes, static
-from fastshard.models import inputs
+from fastshard.decode import static
 from fastshard.sampling import Sampling
 from helpers import CUDA_ONLY, assert_as_accurate
 
@@ -25,50 +22,10 @@ PROMPT = [40, 41, 42, 43, 44]
 CAPTURED = pytest.mark.parametrize("mode", ["persistent", "graph"])
 
 
-class Recording(TorchDispatchMode):
-    """The ops that run in it, to be run again on the same tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read"
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    @torch.inference_mode()  # which may write to any tensor, as a graph does
-    def replay(self):
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-def record(launch, device):
-    """In place of a capture: runs once, which is the first replay."""
-    with Recording() as recording:
-        launch()
-    rest = iter([lambda: None])
-    return lambda: next(rest, recording.replay)()
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     """Pretend that the CPU is a GPU; holds the recordings made."""
-    made = []
-
-    def capture(launch, device):
-        made.append(device)
-        return record(launch, device)
-
-    monkeypatch.setattr(modes, "is_gpu", lambda device: True)
-    monkeypatch.setattr(static, "is_gpu", lambda device: True)
-    monkeypatch.setattr(static, "capture", capture)
-    monkeypatch.setattr(inputs, "_check_range", lambda *arguments: None)  # it reads CPU tensors
-    return made
+    return pretend_to_capture(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +78,7 @@ def test_every_mode_gives_the_same_tokens(ends, sampling, mode, path, graphs):
 @CAPTURED
 def test_shards_on_several_devices(mode, path, monkeypatch, graphs):
     """One graph each; the stand-in for devices are shards that are kept apart."""
-    monkeypatch.setattr(static, "_by_device", lambda models: [[model] for model in models])
+    monkeypatch.setattr(static, "by_device", lambda models: [[model] for model in models])
     prompts = [PROMPT, [7, 8]]
     settings = {"max_new_tokens": 20, "sampling": SAMPLED}
     expected = generate_batch(load_chain(path, 2), prompts, decode="eager", **settings)
@@ -136,7 +93,7 @@ def test_runs_of_shards_on_one_device_are_together():
             self.device = torch.device(device)
 
     models = [On(device) for device in ("cpu", "cpu", "meta", "cpu")]
-    assert static._by_device(models) == [models[:2], models[2:3], models[3:]]
+    assert static.by_device(models) == [models[:2], models[2:3], models[3:]]
 
 
 def test_persistent_on_a_cpu_calls_the_op(model, calls):
@@ -179,8 +136,8 @@ def test_an_unknown_mode_raises_before_the_prompt_runs(model):
 @CAPTURED
 def test_only_the_first_two_steps_run_python(mode, model, graphs, monkeypatch):
     launches = []
-    launch = static._Part._launch
-    monkeypatch.setattr(static._Part, "_launch", lambda part: (launches.append(1), launch(part))[1])
+    launch = static.Part._launch
+    monkeypatch.setattr(static.Part, "_launch", lambda part: (launches.append(1), launch(part))[1])
     generate_batch(model, [PROMPT], max_new_tokens=20, decode=mode)
     assert len(launches) == 2  # as it is, and captured
     assert len(graphs) == 1
@@ -411,7 +368,7 @@ def test_a_launch_that_cannot_be_resident_falls_back(
 ):
     """In the first or the second of three shards, on one device or several."""
     if is_apart:
-        monkeypatch.setattr(static, "_by_device", lambda models: [[model] for model in models])
+        monkeypatch.setattr(static, "by_device", lambda models: [[model] for model in models])
     expected = generate_batch(load_chain(path, 2), [PROMPT], max_new_tokens=9, decode="eager")
     refuse(monkeypatch, NOT_RESIDENT, until)
     text = f"^decode mode persistent is not possible, falling back to graph: {NOT_RESIDENT}$"

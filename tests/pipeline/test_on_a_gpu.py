@@ -1,0 +1,128 @@
+"""Slots on a GPU: graphs, static buffers, late reads; and two ranks that share one GPU.
+
+NCCL refuses two ranks on one GPU: they talk by gloo, by way of the host. What is compared runs the
+same kernels over caches of the same size, so that the tokens are equal and not just likely so.
+"""
+
+import pytest
+import torch
+from pipeline_programs import Case, TokenRequest
+from ranks import run_ranks
+from tiny_checkpoints import FAMILIES, SIZES, edit_json, make_reference, write_tokenizer
+
+import fastshard
+from fastshard import Shard, ShardChain
+from fastshard.dist import Sent, World
+from fastshard.pipeline.engine import Engine
+from fastshard.pipeline.rank import PipelineRank
+from fastshard.sampling import Sampling
+from helpers import CUDA_ONLY
+
+MODES = pytest.mark.parametrize("mode", ["persistent", "graph", "eager"])
+PROMPTS = ((40, 41, 42, 43, 44), (7,), (9, 8, 7, 6, 5, 4, 3), (11, 12), (13,))
+NUM_TOKENS = 12
+REQUESTS = [
+    (prompt, NUM_TOKENS, Sampling(temperature=i * 0.6, top_k=60, seed=i))
+    for i, prompt in enumerate(PROMPTS)
+]
+SIZE = {"context": 20, "chunk_size": 4}
+TEXTS = ["abcde", "fghij", "klmno", "pqrst"]
+SAMPLED = {"temperature": 1.2, "top_k": 60, "seed": 3, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bytes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "vocab_size", 258)
+        patch.setitem(FAMILIES["llama"][2], "head_dim", 64)  # one that ops.decode_step takes
+        make_reference("llama").save_pretrained(path)
+    write_tokenizer(path)
+    edit_json(path / "config.json", eos_token_id=None)
+    (path / "generation_config.json").write_text("{}")
+    return path
+
+
+def load(path, device, start, end):
+    shard = Shard("tiny", start, end, 3)
+    return fastshard.load(path, shard=shard, device=device, max_generated_tokens=0)
+
+
+def new_engine(models, device, mode, in_flight):
+    rank = PipelineRank(World(device=device), models, num_slots=in_flight, mode=mode, **SIZE)
+    return Engine(rank)
+
+
+def run(engine, requests):
+    requests = [TokenRequest(*arguments) for arguments in requests]
+    for _ in engine.run(requests):
+        pass
+    return [request.tokens for request in requests]
+
+
+@MODES
+@CUDA_ONLY
+def test_texts_of_many_are_those_of_one(device, mode, path):
+    """Read a step late, in slots that take one request after another."""
+    chain = ShardChain([load(path, device, 0, 0), load(path, device, 1, 2)])
+    expected = [
+        "".join(chain.stream(text, decode=mode, **SAMPLED | {"seed": 3 + i}))
+        for i, text in enumerate(TEXTS)
+    ]
+    for in_flight in (1, 3):
+        whole = [""] * len(TEXTS)
+        for i, piece in chain.generate_many(TEXTS, decode=mode, in_flight=in_flight, **SAMPLED):
+            whole[i] += piece
+        assert whole == expected
+    assert len(set(expected)) == len(expected)
+
+
+@MODES
+@CUDA_ONLY
+def test_a_step_does_not_wait_for_the_gpu(device, mode, path):
+    engine = new_engine([load(path, device, 0, 2)], device, mode, in_flight=3)
+    expected = run(engine, REQUESTS)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert run(engine, REQUESTS) == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [len(row) for row in expected] == [NUM_TOKENS] * len(PROMPTS)
+
+
+@MODES
+@CUDA_ONLY
+def test_an_end_token_wastes_at_most_one_step(device, mode, path):
+    engine = new_engine([load(path, device, 0, 2)], device, mode, in_flight=2)
+    free = run(engine, REQUESTS)
+    ends = (free[2][4],)
+    until = [row[: row.index(ends[0]) + 1] if ends[0] in row else row for row in free]
+    before = engine._rank.num_done
+    assert run(engine, [(*request, ends) for request in REQUESTS]) == until
+    # A start, the chunks, and for each token a step (the first has none) and a collection.
+    num_chunks = sum(-(-len(prompt) // 4) for prompt in PROMPTS)
+    least = len(PROMPTS) + num_chunks + sum(2 * len(row) - 1 for row in until)
+    num_ended = sum(len(row) < NUM_TOKENS for row in until)
+    assert engine._rank.num_done - before == least + 2 * num_ended
+
+
+@CUDA_ONLY
+def test_two_ranks_on_one_gpu(device, path):
+    """Every step is a replay, on both; the hidden states are bfloat16."""
+    models = [load(path, device, 0, 0), load(path, device, 1, 2)]
+    modes = {"persistent": (True, True), "graph": (False, True), "eager": (False, False)}
+    settings = SIZE | {"dtype": torch.bfloat16, "layers": (range(0, 1), range(1, 3))}
+    cases = [
+        Case(str(path), settings | {"mode": mode, "in_flight": in_flight}, [REQUESTS, REQUESTS])
+        for mode in modes
+        for in_flight in (1, 4)
+    ]
+    outcomes = run_ranks(2, "pipeline_programs:run_cases", cases, 1, "cuda:0")[0]
+    for case, outcome in zip(cases, outcomes, strict=True):
+        mode = case.settings["mode"]
+        expected = run(new_engine(models, device, mode, in_flight=2), REQUESTS)
+        assert outcome.tokens == [expected, expected]
+        assert outcome.modes == [{modes[mode]}] * 2
+        num_tokens = 2 * sum(len(prompt) + NUM_TOKENS - 1 for prompt in PROMPTS)
+        assert outcome.hops == [Sent(num_tokens * SIZES["hidden_size"] * 2, num_tokens)]
