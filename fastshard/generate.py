@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastshard.checkpoint import GenerationDefaults, TextTokenizer
-from fastshard.decode import check_mode
+from fastshard.decode import PromptGraphs, check_mode
 from fastshard.models import ModelConfig, ShardedGeneralModel
 from fastshard.prompts import Prompt, choose_sampling, encode_prompt
 from fastshard.sampling import Sampling
@@ -32,6 +32,25 @@ class TextGenerator:
     config: ModelConfig
     tokenizer: TextTokenizer | None
     generation_defaults: GenerationDefaults
+    prompt_graphs: PromptGraphs | None = None
+
+    def capture_prompts(self, lengths: Sequence[int]) -> None:
+        """Run prompts from CUDA graphs from now on: for many short ones, or a slow host.
+
+        A prompt of ``stream``, or the only one of ``generate_batch``, takes the graph of the least
+        length that holds it, and is computed up to that length; longer ones run as before. A graph
+        is captured at its first prompt, which takes twice the time of an ordinary one, and has
+        memory of its own for the activations of its length.
+
+        Args:
+            lengths: Tokens, as ``(64, 256, 1024)``.
+
+        Raises:
+            ValueError: a length is not in 1 to the context, or there is none; or the model is not
+                on a GPU.
+        """
+        self._check_streams()
+        self.prompt_graphs = PromptGraphs(self, lengths)
 
     def stream(
         self,

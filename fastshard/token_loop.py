@@ -128,9 +128,13 @@ def token_steps(
     for shard in shards_of(model):
         shard.max_generated_tokens = max(shard.max_generated_tokens, behind)
     model.running = this = object()
-    for start in range(0, longest, prefill_chunk_size):
-        chunk = tokens[:, start : start + prefill_chunk_size]
-        _, logits = model.generate(chunk, curr_pos=start, first_key=first_key, num_logits=1)
+    graphs = getattr(model, "prompt_graphs", None)
+    if graphs and len(rows) == 1 and longest <= prefill_chunk_size and graphs.holds(longest):
+        logits = graphs.run(tokens)
+    else:
+        for start in range(0, longest, prefill_chunk_size):
+            chunk = tokens[:, start : start + prefill_chunk_size]
+            _, logits = model.generate(chunk, curr_pos=start, first_key=first_key, num_logits=1)
     draw = torch.zeros((), dtype=torch.int64, device=logits.device)
     chosen = sampling.choose(logits[:, -1], draw)
     yield chosen

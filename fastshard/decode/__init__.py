@@ -18,6 +18,7 @@ from fastshard.decode.modes import (
     shards_of,
     warn_of_fallback,
 )
+from fastshard.decode.prompts import PromptGraphs
 from fastshard.decode.shard_step import decode_weights
 from fastshard.decode.static import Part, StaticDecoding, by_device
 from fastshard.sampling import Sampling
@@ -27,6 +28,7 @@ __all__ = [
     "Decoding",
     "EagerDecoding",
     "Part",
+    "PromptGraphs",
     "StaticDecoding",
     "WholeModel",
     "by_device",

@@ -201,6 +201,7 @@ class ShardTransformerDecoder(nn.Module):
         first_key: Tensor | None = None,
         step: CacheStep | None = None,
         num_logits: int | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
         """Run the shard's layers.
 
@@ -215,6 +216,8 @@ class ShardTransformerDecoder(nn.Module):
             step: What ``next_step`` gave, where the caller counts (``advance``). Then the pass
                 reads no host state: it compiles once and can be captured in a CUDA graph.
             num_logits: Logits of this many last tokens only.
+            logits_at: ``[n]`` int64 on the device, below s: logits of these tokens only. The host
+                need not know them, as where a CUDA graph runs prompts that end before s.
 
         Returns:
             Of the last shard logits, ``[b, s, vocab_size]`` float32; else the hidden state after
@@ -243,7 +246,11 @@ class ShardTransformerDecoder(nn.Module):
             self.advance(b, s)
         if not self.shard.is_last_layer():
             return h
-        return self.unembed(h if num_logits is None else h[:, -num_logits:])
+        if logits_at is not None:
+            h = h.index_select(1, logits_at)
+        elif num_logits is not None:
+            h = h[:, -num_logits:]
+        return self.unembed(h)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Norm and head: ``[b, s, hidden_size]`` to ``[b, s, vocab_size]`` float32."""
