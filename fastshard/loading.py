@@ -19,9 +19,9 @@ from fastshard.devices import (
     default_device,
     default_dtype,
 )
-from fastshard.dist import check_cover, check_fit
+from fastshard.dist import TensorParallel, check_cover, check_fit
 from fastshard.generate import ShardChain, TextGenerator
-from fastshard.models import Shard, ShardedGeneralModel
+from fastshard.models import GeneralMHA, Shard, ShardedGeneralModel
 
 Report = Callable[[int, int], None]
 """Called while weights are copied, with elements done and elements in all."""
@@ -49,6 +49,7 @@ def load(
     dtype: torch.dtype | None = None,
     use_cache: bool = True,
     max_generated_tokens: int = 1024,
+    tensor_parallel: TensorParallel | None = None,
 ) -> TextModel:
     """Load a checkpoint, or only the layers of one shard of it.
 
@@ -60,17 +61,27 @@ def load(
             16-bit type, bfloat16 for float32 checkpoints.
         use_cache: Whether ``generate`` keeps keys and values between calls; ``stream`` needs it.
         max_generated_tokens: Room that the cache leaves behind a prompt.
+        tensor_parallel: The ranks that share each layer: only this one's part is loaded, and all of
+            them then call the model together. None: this process alone.
 
     Raises:
         FileNotFoundError: there is no such source.
         CheckpointError: (a ``ValueError``) its files are missing or wrong; says file and tensor.
-        ValueError: the shard is not of this model.
+        ValueError: the shard is not of this model, or its layers cannot be shared so.
         TypeError: the dtype is none that the device runs: a GPU runs float16 and bfloat16.
         RuntimeError: the device is not there, or the shard does not fit on it.
     """
     checkpoint = Checkpoint(demo_model() if source is None else source)
     shard = shard or whole(checkpoint)
-    models = _load(checkpoint, [shard], device, dtype, use_cache, max_generated_tokens)
+    models = _load(
+        checkpoint,
+        [shard],
+        device,
+        dtype,
+        use_cache,
+        max_generated_tokens,
+        tensor_parallel=tensor_parallel,
+    )
     return models[0]
 
 
@@ -129,6 +140,7 @@ def _load(
     use_cache: bool,
     max_generated_tokens: int,
     report: Report | None = None,
+    tensor_parallel: TensorParallel | None = None,
 ) -> list[TextModel]:
     """All shards on one device; the weights are checked and fit before any memory is taken."""
     config = checkpoint.config
@@ -142,10 +154,14 @@ def _load(
     check_device(device)
     dtype = dtype or default_dtype(checkpoint.raw_config, device)
     check_dtype(dtype, device)
-    check_fit(config, shards, device, dtype, max_generated_tokens, available_bytes(device))
+    build, tp = GeneralMHA, 1
+    if tensor_parallel is not None:
+        build, tp = tensor_parallel.build, tensor_parallel.size
+    check_fit(config, shards, device, dtype, max_generated_tokens, available_bytes(device), tp)
 
     models = [
-        TextModel(config, shard, "meta", dtype, use_cache, max_generated_tokens) for shard in shards
+        TextModel(config, shard, "meta", dtype, use_cache, max_generated_tokens, build=build)
+        for shard in shards
     ]
     total = sum(t.numel() for model in models for t in model.model.state_dict().values())
     done = 0
@@ -158,8 +174,8 @@ def _load(
 
     for model in models:
         model.to_empty(device=device)
-        targets = model.model.state_dict()
-        load_weights(targets, checkpoint.weights, config, model.shard, count)
+        targets, parts = model.model.state_dict(), model.model.parts
+        load_weights(targets, checkpoint.weights, config, model.shard, count, parts=parts)
         model.requires_grad_(False).eval()
         model.tokenizer = checkpoint.tokenizer
         model.generation_defaults = checkpoint.generation_defaults

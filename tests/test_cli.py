@@ -143,9 +143,9 @@ def test_layers_are_the_shards(run, monkeypatch):
     spans = []
     load_weights = loading.load_weights
 
-    def spy(targets, index, config, shard, report=None):
+    def spy(targets, index, config, shard, report=None, **settings):
         spans.append((shard.start_layer, shard.end_layer))
-        load_weights(targets, index, config, shard, report)
+        load_weights(targets, index, config, shard, report, **settings)
 
     monkeypatch.setattr(loading, "load_weights", spy)
     run("ab", "--layers", "0-1,2")

@@ -58,12 +58,16 @@ FAMILIES = {
 }
 
 
-def make_reference(family: str, seed: int = 0):
-    """A transformers model in float32, every weight random: no norm is 1, no bias 0."""
+def make_reference(family: str, seed: int = 0, **changes):
+    """A transformers model in float32, every weight random: no norm is 1, no bias 0.
+
+    Args:
+        changes: Settings of its config in place of the family's.
+    """
     import transformers
 
     config_class, model_class, settings = FAMILIES[family]
-    config = getattr(transformers, config_class)(**(SIZES | settings))
+    config = getattr(transformers, config_class)(**(SIZES | settings | changes))
     config._attn_implementation = "eager"
     model = getattr(transformers, model_class)(config).eval()
     generator = torch.Generator().manual_seed(seed)

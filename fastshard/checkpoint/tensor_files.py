@@ -6,6 +6,7 @@ a loader that promises a small peak could not keep it.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -43,7 +44,9 @@ class TensorFile(Protocol):
     path: Path
     tensors: dict[str, TensorInfo]
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
+    def read_rows(
+        self, name: str, start: int, stop: int, columns: range | None = None
+    ) -> Tensor: ...
 
 
 class SafetensorsFile:
@@ -71,27 +74,44 @@ class SafetensorsFile:
         self._data_start = 8 + length
         self.tensors = _parse_header(path, header, size - self._data_start)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` (along the first dim), valid until the next call."""
+    def read_rows(
+        self, name: str, start: int, stop: int, columns: range | None = None
+    ) -> Tensor:
+        """Rows ``start`` to ``stop`` (along the first dim), valid until the next call.
+
+        Args:
+            columns: Of a matrix: only these are read; None: all.
+        """
         info = self.tensors[name]
-        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
-        num_bytes = (stop - start) * row_bytes
+        itemsize = info.dtype.itemsize
+        row_bytes = math.prod(info.shape[1:]) * itemsize
+        shape = (stop - start, *(info.shape[1:] if columns is None else (len(columns),)))
+        num_bytes = math.prod(shape) * itemsize
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=info.dtype)
         if len(self._buffer) < num_bytes:
             self._buffer = bytearray(num_bytes)
         target = memoryview(self._buffer)[:num_bytes]
+        offset = self._data_start + info.begin + start * row_bytes
+        piece_bytes = num_bytes  # that lie behind each other in the file
+        if columns is not None:
+            offset += columns.start * itemsize
+            piece_bytes = len(columns) * itemsize
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._data_start + info.begin + start * row_bytes)
-            while len(target):
-                count = file.readinto(target)
-                if not count:
-                    raise CheckpointError(f"{self.path}: {name} ends early, the file was truncated")
-                target = target[count:]
-        if num_bytes == 0:
-            return torch.empty(stop - start, *info.shape[1:], dtype=info.dtype)
-        flat = torch.frombuffer(
-            self._buffer, dtype=info.dtype, count=num_bytes // info.dtype.itemsize
-        )
-        return flat.view(stop - start, *info.shape[1:])
+            for piece in range(0, num_bytes, piece_bytes):
+                self._read(file.fileno(), name, offset, target[piece : piece + piece_bytes])
+                offset += row_bytes
+        flat = torch.frombuffer(self._buffer, dtype=info.dtype, count=math.prod(shape))
+        return flat.view(shape)
+
+    def _read(self, file: int, name: str, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset`` on."""
+        while len(target):
+            count = os.preadv(file, [target], offset)
+            if not count:
+                raise CheckpointError(f"{self.path}: {name} ends early, the file was truncated")
+            target = target[count:]
+            offset += count
 
 
 def _parse_header(path: Path, header: bytes, data_bytes: int) -> dict[str, TensorInfo]:
@@ -150,6 +170,9 @@ class TorchFile:
             for name, t in state.items()
         }
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` (along the first dim)."""
-        return self._state[name][start:stop]
+    def read_rows(
+        self, name: str, start: int, stop: int, columns: range | None = None
+    ) -> Tensor:
+        """Rows ``start`` to ``stop`` (along the first dim), of a matrix only ``columns``."""
+        rows = self._state[name][start:stop]
+        return rows if columns is None else rows[:, columns.start : columns.stop]

@@ -1,7 +1,7 @@
 """Copy a shard's tensors from a checkpoint into a model, one block of rows at a time."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from torch import Tensor
 from fastshard.checkpoint import names
 from fastshard.checkpoint.errors import CheckpointError
 from fastshard.checkpoint.index import WeightIndex
-from fastshard.models import ModelConfig, Shard
+from fastshard.checkpoint.tensor_files import TensorFile
+from fastshard.models import WHOLE, ModelConfig, Shard, TensorPart
 
 _BLOCK_BYTES = 64 << 20  # of the file; bounds host memory, and large enough to stream
 
@@ -21,6 +22,8 @@ def load_weights(
     config: ModelConfig,
     shard: Shard,
     report: Callable[[int], None] | None = None,
+    *,
+    parts: Mapping[str, TensorPart] | None = None,
 ) -> None:
     """Fill ``targets`` in place with the checkpoint's tensors, cast to their dtype.
 
@@ -30,34 +33,58 @@ def load_weights(
         targets: The decoder's state dict under torchtune's names, all of this shard and no other.
         index: The checkpoint, under Hugging Face's or torchtune's names.
         report: Called after each block with its number of elements.
+        parts: Name -> which part of the checkpoint's tensor the target is, and all that is read of
+            it; those not named are whole.
 
     Raises:
         CheckpointError: a tensor of this shard is missing, unexpected, truncated or of another
             shape or dtype; the message names file and tensor.
     """
+    parts = parts or {}
     sources = match_names(targets, index, config, shard)
     index.fetch(sources.values())
     for name, target in targets.items():
-        _check(name, target, sources[name], index)
+        _check(name, parts.get(name, WHOLE).whole_shape(target.shape), sources[name], index)
 
     permutes = config.rope_interleaved and any(map(names.is_hugging_face, index.file_names))
     for name, target in targets.items():
-        rotated = permutes and names.is_rotated(name)
-        file = index.file_of(sources[name])
-        row_bytes = file.tensors[sources[name]].dtype.itemsize * math.prod(target.shape[1:])
-        step = max(1, _BLOCK_BYTES // row_bytes)
-        if rotated:  # whole heads
-            step = max(1, step // config.head_dim) * config.head_dim
-        for start in range(0, target.shape[0], step):
-            stop = min(start + step, target.shape[0])
-            # To the device as it is in the file: a cast on the way would cost host memory.
-            block = file.read_rows(sources[name], start, stop).to(target.device)
-            if rotated:
-                names.copy_rotated(target[start:stop], block, config.head_dim, config.rotary_dim)
-            else:
-                target[start:stop].copy_(block)
+        rotates = permutes and names.is_rotated(name)
+        head = (config.head_dim, config.rotary_dim) if rotates else None
+        file, part = index.file_of(sources[name]), parts.get(name, WHOLE)
+        for num_elements in _copy(target, file, sources[name], part, head):
             if report:
-                report(block.numel())
+                report(num_elements)
+
+
+def _copy(
+    target: Tensor,
+    file: TensorFile,
+    source: str,
+    part: TensorPart,
+    head: tuple[int, int] | None,
+) -> Iterator[int]:
+    """Fill ``target`` block by block; yields how many elements each has.
+
+    Args:
+        source: Name in the file.
+        head: Where rows are to be permuted, head by head: head_dim and rotary_dim.
+    """
+    first = part.span(0, target.shape[0]).start
+    columns = part.span(1, target.shape[1]) if part.dim == 1 else None
+    row_bytes = file.tensors[source].dtype.itemsize * math.prod(target.shape[1:])
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    if head:  # whole heads
+        step = max(1, step // head[0]) * head[0]
+    for start in range(0, target.shape[0], step):
+        stop = min(start + step, target.shape[0])
+        block = file.read_rows(source, first + start, first + stop, columns)
+        # To the device as it is in the file: a cast on the way would cost host memory.
+        block = block.to(target.device)
+        if head:
+            names.copy_rotated(target[start:stop], block, *head)
+        else:
+            target[start:stop].copy_(block)
+        yield block.numel()
 
 
 def match_names(
@@ -95,12 +122,12 @@ def _is_extra(name: str, expected: set[str], config: ModelConfig, shard: Shard) 
     return layer >= config.num_layers or layer in shard.layers
 
 
-def _check(name: str, target: Tensor, source: str, index: WeightIndex) -> None:
+def _check(name: str, shape: tuple[int, ...], source: str, index: WeightIndex) -> None:
     file = index.file_of(source)
     info = file.tensors[source]
-    if info.shape != tuple(target.shape):
+    if info.shape != shape:
         raise CheckpointError(
-            f"{file.path}: {source} must have shape {list(target.shape)} for {name}, "
+            f"{file.path}: {source} must have shape {list(shape)} for {name}, "
             f"got {list(info.shape)}"
         )
     if info.dtype is None:

@@ -63,12 +63,15 @@ def choose_mode(
     has_gpu = any(is_gpu(model.device) for model in models)
     if mode == "eager" or (mode == "auto" and not has_gpu):
         return "eager", None
+    fallback, reason = "graph", None
+    if not has_gpu:
+        fallback, reason = "eager", "a CUDA graph needs a GPU, got cpu"
+    elif not all(model.model.is_capturable for model in models):
+        fallback, reason = "eager", "a CUDA graph cannot hold a sum over ranks by other than nccl"
     if mode == "graph":
-        return (mode, None) if has_gpu else ("eager", "a CUDA graph needs a GPU, got cpu")
+        return fallback, reason
     reason = next(filter(None, (_refusal(model, batch) for model in models)), None)
-    if reason is None:
-        return "persistent", None
-    return "graph" if has_gpu else "eager", reason
+    return ("persistent", None) if reason is None else (fallback, reason)
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -77,7 +80,10 @@ def is_gpu(device: torch.device) -> bool:
 
 def _refusal(model: ShardedGeneralModel, batch: int) -> str | None:
     """Why ``ops.decode_step`` cannot run this shard, or None."""
-    config = model.config
+    config, parts = model.config, model.model.parts
+    if parts:
+        count = next(iter(parts.values())).count
+        return f"a launch runs whole layers, and tensor parallelism divides them by {count}"
     if model.device.type == "cuda":
         if model.dtype == torch.float32:
             return "weights must be float16 or bfloat16 on CUDA, got torch.float32"

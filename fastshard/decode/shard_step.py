@@ -89,11 +89,7 @@ def decode_weights(decoder: ShardTransformerDecoder) -> ops.DecodeWeights:
     def each(tensors, is_there: bool = True) -> list[Tensor]:
         return [tensor.detach() for tensor in tensors] if is_there else []
 
-    norm = head = None
-    if shard.is_last_layer():
-        norm = decoder.norm.scale.detach()
-        head = decoder.tok_embeddings if decoder.output is None else decoder.output
-        head = head.weight.detach()
+    is_last = shard.is_last_layer()
     return ops.DecodeWeights(
         sa_norm=each(layer.sa_norm.scale for layer in layers),
         qkv_weight=each(attn.packed_weight for attn in attns),
@@ -106,6 +102,6 @@ def decode_weights(decoder: ShardTransformerDecoder) -> ops.DecodeWeights:
         q_norm=each((attn.q_norm.scale for attn in attns), config.qk_norm),
         k_norm=each((attn.k_norm.scale for attn in attns), config.qk_norm),
         embedding=decoder.tok_embeddings.weight.detach() if shard.is_first_layer() else None,
-        norm=norm,
-        head=head,
+        norm=decoder.norm.scale.detach() if is_last else None,
+        head=decoder.head.detach() if is_last else None,
     )

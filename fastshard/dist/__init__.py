@@ -12,6 +12,7 @@ from fastshard.dist.partition import (
     smallest_largest_share,
     split_that_fits,
 )
+from fastshard.dist.tensor_parallel import TensorParallel, TensorParallelDecoder
 from fastshard.dist.world import World, join_world, local_device
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "Hops",
     "RankShare",
     "Sent",
+    "TensorParallel",
+    "TensorParallelDecoder",
     "World",
     "check_cover",
     "check_fit",

@@ -18,13 +18,17 @@ def check_fit(
     dtype: torch.dtype,
     context: int,
     available: int,
+    tp: int = 1,
 ) -> None:
     """Raise where the shards together need more than ``available`` bytes of ``device``.
+
+    Args:
+        tp: Ranks that share each layer; the device holds the part of one of them.
 
     Raises:
         RuntimeError: says what is needed, what is there, and the shards that would fit.
     """
-    sizes = model_bytes(config, dtype, context)
+    sizes = model_bytes(config, dtype, context, tp=tp)
     needed = WORKSPACE_BYTES + sum(sizes.needed(shard.layers) for shard in shards)
     if needed <= available:
         return
@@ -37,11 +41,12 @@ def check_fit(
         layers = ",".join(f"{part.start}-{part.stop - 1}" for part in parts)
         advice = f"{len(parts)} shards on devices like this would fit: layers {layers}"
     raise RuntimeError(
-        f"{_describe(shards)} of the model in {dtype} with a cache of "
+        f"{_describe(shards, tp)} of the model in {dtype} with a cache of "
         f"{min(context, config.max_seq_len)} tokens needs {needed / 2**30:.2f} GiB on {device}, "
         f"which has {available / 2**30:.2f} GiB free; {advice}"
     )
 
 
-def _describe(shards: Sequence[Shard]) -> str:
-    return "layers " + ",".join(f"{shard.start_layer}-{shard.end_layer}" for shard in shards)
+def _describe(shards: Sequence[Shard], tp: int) -> str:
+    layers = ",".join(f"{shard.start_layer}-{shard.end_layer}" for shard in shards)
+    return f"layers {layers}" if tp == 1 else f"1/{tp} of layers {layers}"

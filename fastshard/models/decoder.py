@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastshard import ops
 from fastshard.models.config import ModelConfig
 from fastshard.models.inputs import check_input, check_mask, check_positions
+from fastshard.models.part import TensorPart
 from fastshard.models.shard import Shard
 from fastshard.nn import (
     CacheStep,
@@ -107,6 +108,21 @@ class ShardTransformerDecoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self._any_layer.sa_norm.scale.dtype
+
+    @property
+    def head(self) -> Tensor:
+        """Of a last shard: the head's weight, ``[vocab_size, hidden_size]``; tied, the embedding's."""
+        return (self.tok_embeddings if self.output is None else self.output).weight
+
+    @property
+    def parts(self) -> dict[str, TensorPart]:
+        """Name in the state dict -> which part of the checkpoint's tensor it is, if not all."""
+        return {}
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph can hold a pass: no layer waits on the host."""
+        return True
 
     @property
     def _any_layer(self) -> TransformerSelfAttentionLayer:
@@ -231,8 +247,7 @@ class ShardTransformerDecoder(nn.Module):
 
     def unembed(self, h: Tensor) -> Tensor:
         """Norm and head: ``[b, s, hidden_size]`` to ``[b, s, vocab_size]`` float32."""
-        head = self.tok_embeddings if self.output is None else self.output
-        return ops.linear(self.norm(h), head.weight).float()
+        return ops.linear(self.norm(h), self.head).float()
 
     def _count_positions(self, first_key: Tensor | None, s: int, step: CacheStep | None) -> Tensor:
         """``[b, s]`` or ``[s]``: the tokens' places in the sequence, without its left padding."""

@@ -1,6 +1,6 @@
 """ShardedGeneralModel: one shard on one device, with exo's generate step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,10 +38,15 @@ class ShardedGeneralModel(nn.Module):
         dtype: torch.dtype = torch.float16,
         use_cache: bool = False,
         max_generated_tokens: int = 1024,
+        *,
+        build: Callable[..., ShardTransformerDecoder] = GeneralMHA,
     ):
-        """Build with random weights; ``device="meta"`` allocates nothing (then ``to_empty``)."""
+        """Build with random weights; ``device="meta"`` allocates nothing (then ``to_empty``).
+
+        ``build`` makes the decoder; it is called as ``GeneralMHA``.
+        """
         super().__init__()
-        self.model: ShardTransformerDecoder = GeneralMHA(config, shard, device=device, dtype=dtype)
+        self.model: ShardTransformerDecoder = build(config, shard, device=device, dtype=dtype)
         self.config: ModelConfig = self.model.config
         self.shard: Shard = shard
         self.use_cache = use_cache

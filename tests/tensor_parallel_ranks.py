@@ -1,0 +1,69 @@
+"""What the ranks of the tests of tensor parallelism run, as processes of their own."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny_checkpoints import FAMILIES
+
+import fastshard
+from fastshard import Shard, generate_batch
+from fastshard.dist import TensorParallel
+
+NUM_LAYERS = 3
+PROMPTS = [[40, 41, 42, 43, 44], [7, 3, 60, 21, 5, 33, 9, 14, 2, 71, 50], [68, 12, 30]]
+NEW_TOKENS = 12
+TOKENS = torch.randint(72, (2, 23), generator=torch.Generator().manual_seed(1))
+
+
+def run(rank: int, num_ranks: int, folder: Path) -> None:
+    """One of ``num_ranks`` = 4 ranks: save what each way to share the families' models gives."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = TensorParallel.of(pairs[rank // 2])
+    results = {}
+    for family in FAMILIES:
+        path = folder / family
+        for ranks in (pair, TensorParallel.of()):
+            results[family, ranks.size] = whole(path, ranks)
+        results[family, "stages"] = two_stages(path, rank, pair)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def whole(path: Path, ranks: TensorParallel) -> dict:
+    """Logits and greedy tokens of a model whose layers are all here."""
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = fastshard.load(path, device="cpu", dtype=dtype, tensor_parallel=ranks)
+        results[dtype] = model.generate(TOKENS)[1]
+        if dtype == torch.float32:
+            results["tokens"] = generate_batch(model, PROMPTS, max_new_tokens=NEW_TOKENS)
+    return results
+
+
+def two_stages(path: Path, rank: int, pair: TensorParallel) -> list[int]:
+    """Greedy tokens after the first prompt, from layer 0 on ranks 0, 1 and the rest on 2, 3."""
+    is_first = rank < 2
+    shard = Shard("tiny", 0, 0, NUM_LAYERS) if is_first else Shard("tiny", 1, 2, NUM_LAYERS)
+    model = fastshard.load(path, shard=shard, device="cpu", tensor_parallel=pair)
+    other = (rank + 2) % 4
+    token, held, tokens = torch.tensor([PROMPTS[0]]), 0, []
+    for _ in range(NEW_TOKENS):
+        length = len(PROMPTS[0]) if held == 0 else 1
+        if is_first:
+            hidden, _ = model.generate(token, curr_pos=held)
+            dist.send(hidden, other)
+            token = torch.empty(1, 1, dtype=torch.int64)
+            dist.recv(token, other)
+        else:
+            hidden = torch.empty(1, length, model.config.hidden_size)
+            dist.recv(hidden, other)
+            _, logits = model.generate(hidden_state=hidden, curr_pos=held)
+            token = logits[:, -1:].argmax(-1)
+            dist.send(token, other)
+        held += length
+        tokens.append(token.item())
+    return tokens
