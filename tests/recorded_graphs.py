@@ -31,7 +31,9 @@ class Recording(TorchDispatchMode):
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                if isinstance(new, torch.ScriptObject):  # the work of a collective
+                    torch.distributed.Work.unbox(new).wait()
+                elif isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from recorded_graphs import pretend_to_capture
 from tiny_checkpoints import FAMILIES
 
 import fastshard
@@ -29,6 +31,7 @@ def run(rank: int, num_ranks: int, folder: Path) -> None:
         for ranks in (pair, TensorParallel.of()):
             results[family, ranks.size] = whole(path, ranks)
         results[family, "stages"] = two_stages(path, rank, pair)
+        results[family, "graph"] = in_a_graph(path, pair)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -67,3 +70,13 @@ def two_stages(path: Path, rank: int, pair: TensorParallel) -> list[int]:
         held += length
         tokens.append(token.item())
     return tokens
+
+
+def in_a_graph(path: Path, ranks: TensorParallel) -> tuple[list[list[int]], int]:
+    """Greedy tokens by steps that are recorded and run again, and how many were recorded."""
+    model = fastshard.load(path, device="cpu", tensor_parallel=ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        made = pretend_to_capture(patch)
+        patch.setattr(TensorParallel, "is_capturable", True)
+        rows = generate_batch(model, PROMPTS, max_new_tokens=NEW_TOKENS, decode="graph")
+    return rows, len(made)

@@ -29,6 +29,8 @@ from fastshard.nn.linear import random_weight
 
 _BY_ROWS = ("attn.q_proj.", "attn.k_proj.", "attn.v_proj.", "mlp.w1.", "mlp.w3.")
 _BY_COLUMNS = ("attn.output_proj.weight", "mlp.w2.weight")
+# Some torch has it under the second name alone, and a later one warns of that.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class TensorParallel:
     def gather(self, x: Tensor) -> Tensor:
         """Give every rank all ranks' contiguous ``x``: ``[size, *x.shape]``."""
         parts = x.new_empty((self.size * len(x), *x.shape[1:]))
-        dist.all_gather_into_tensor(parts, x, group=self.group)
+        _gather(parts, x, group=self.group)
         return parts.unflatten(0, (self.size, -1))
 
 
