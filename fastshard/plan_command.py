@@ -44,6 +44,14 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
         help="memory of each GPU, in the order of the layers, like 24,24,16",
     )
     add("--layers", type=layers, metavar="A-B,C-D", help="layers of each GPU, ends included")
+    add(
+        "--tp",
+        type=count,
+        metavar="N",
+        default=1,
+        help="N GPUs in turn share their layers, each a part of every one; --layers is then for "
+        "each N GPUs (default: 1)",
+    )
     add("--batch", type=count, metavar="N", default=1, help="rows of the cache (default: 1)")
     add(
         "--context",
@@ -79,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         batch=args.batch,
         reserve=round(args.reserve * _GB),
         layers=args.layers,
+        tp=args.tp,
         model_id=args.model,
     )
     settings = {
@@ -86,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "batch": args.batch,
         "context": context,
+        "tp": args.tp,
         "reserve_bytes": shares[0].reserve_bytes,
     }
     if args.json:
@@ -122,9 +132,10 @@ def _lines(settings: dict, shares: Sequence[RankShare]) -> list[str]:
         + f"  {row[-1]}"
         for row in cells
     ]
+    shared = "" if settings["tp"] == 1 else f", {settings['tp']} GPUs share each layer"
     return [
         f"{settings['model']} in {settings['dtype']}, batch {settings['batch']}, "
-        f"context {settings['context']}; sizes in GB of 10^9 bytes",
+        f"context {settings['context']}{shared}; sizes in GB of 10^9 bytes",
         *(line.rstrip() for line in table),
         f"other: the RoPE table, and {settings['reserve_bytes'] / _GB:.2f} GB kept for the CUDA "
         "context, libraries and activations (--reserve)",

@@ -50,6 +50,31 @@ def test_the_table(run):
     ]
 
 
+def test_the_table_of_gpus_that_share_layers(run):
+    """By hand: half of the 218,103,808 weights of a layer's matrices, its two norms of 4096, all of
+    the embedding, half of the head; a cache of 2048 bytes a token and layer."""
+    arguments = ["--gpus", "24,24,16,24", "--tp", "2", "--layers", "0-18,19-31"]
+    status, out, err = run("--model", "llama-3.1-8b", *arguments)
+    assert (status, err) == (0, "")
+    title, _, *rows, sums, _ = out.splitlines()
+    assert title == (
+        "llama-3.1-8b in bfloat16, batch 1, context 4096, 2 GPUs share each layer; "
+        "sizes in GB of 10^9 bytes"
+    )
+    assert [" ".join(row.split()) for row in (*rows, sums)] == [
+        "0 0-18 5.19 0.16 1.07 6.42 24.00 26.8 % fits",
+        "1 0-18 5.19 0.16 1.07 6.42 24.00 26.8 % fits",
+        "2 19-31 3.36 0.11 1.07 4.54 16.00 28.4 % fits",
+        "3 19-31 3.36 0.11 1.07 4.54 24.00 18.9 % fits",
+        "sum 17.11 0.54 4.27 21.92 88.00 24.9 %",
+    ]
+    # The split by itself goes by the smaller GPU of each two.
+    facts = json.loads(run("--model", "llama-3.1-8b", *arguments[:-2], "--json")[1])
+    assert facts["tp"] == 2
+    spans = [(rank["start_layer"], rank["end_layer"]) for rank in facts["ranks"]]
+    assert spans == [(0, 19), (0, 19), (20, 31), (20, 31)]
+
+
 def test_what_does_not_fit_is_in_the_table_and_status_1(run):
     """By hand: 17 layers of 218,112,000 weights, norm and head of 131,076,096, two bytes each; 4096
     cached tokens of 4096 bytes a layer; a table of 32768 x 512 bytes; and the reserve."""
@@ -86,6 +111,7 @@ def test_json_is_of_the_models_that_would_be_built(run, name):
         "dtype": "bfloat16",
         "batch": 2,
         "context": 512,
+        "tp": 1,
         "reserve_bytes": 500_000_000,
         "fits": True,
     }
@@ -140,6 +166,7 @@ def test_dtype_is_the_checkpoints(run, path):
         (["--gpus", "24", "--batch", "0"], "argument --batch: must be a positive integer, got '0'"),
         (["--gpus", "24", "--layers", "3-1"], "argument --layers: must be ranges of layers with"),
         (["--gpus", "24", "--dtype", "float32"], "argument --dtype: invalid choice: 'float32'"),
+        (["--gpus", "24", "--tp", "0"], "argument --tp: must be a positive integer, got '0'"),
         (["--gpus", "24", "--reserve", "-1"], "argument --reserve: must be a finite number of at"),
     ],
 )
@@ -164,6 +191,11 @@ def test_wrong_command_lines_are_status_2_and_one_line(run, arguments, message):
         (
             ["--gpus", "9", "--context", "131073"],
             "context must be 1 to max_seq_len=131072, got 131073",
+        ),
+        (["--gpus", "9,9,9", "--tp", "2"], "ranks must be a multiple of tp=2, got 3"),
+        (
+            ["--gpus", ",".join(["9"] * 16), "--tp", "16"],
+            "num_kv_heads must be a multiple of tp=16, got 8",
         ),
         (["--gpus", "1e-10"], "free bytes of every rank must be positive, got [0]"),
         (["--gpus", "9", "--model", "llama"], "model must be a folder, a hub id like owner/name, "),

@@ -18,7 +18,7 @@ class RankShare:
     """What one rank holds, in bytes.
 
     Attributes:
-        rank: From 0, in the order of the layers.
+        rank: From 0, in the order of the layers; ranks that share their layers are neighbours.
         shard: Its layers.
         weight_bytes: Parameters; embedding, head and final norm where it has them.
         cache_bytes: Keys and values of its layers.
@@ -59,6 +59,7 @@ def partition(
     batch: int = 1,
     reserve: int = 0,
     layers: Sequence[range] | None = None,
+    tp: int = 1,
     model_id: str = "",
 ) -> list[Shard]:
     """Give each rank its layers, or raise where they do not fit.
@@ -80,6 +81,7 @@ def partition(
         batch=batch,
         reserve=reserve,
         layers=layers,
+        tp=tp,
         model_id=model_id,
     )
     check_shares(shares)
@@ -95,6 +97,7 @@ def plan(
     batch: int = 1,
     reserve: int = 0,
     layers: Sequence[range] | None = None,
+    tp: int = 1,
     model_id: str = "",
 ) -> list[RankShare]:
     """What each rank holds, whether it fits or not.
@@ -106,21 +109,26 @@ def plan(
         context: Slots of the cache.
         batch: Rows of the cache.
         reserve: Bytes of each rank that are kept for all else.
-        layers: A cut by hand, half-open ranges, one a rank; None: ``smallest_largest_share``.
+        layers: A cut by hand, half-open ranges, one a rank, or one for each ``tp`` ranks; None:
+            ``smallest_largest_share``.
+        tp: So many ranks in turn share their layers: each holds a part of every one.
         model_id: Of the shards.
 
     Raises:
         ValueError: there are no ranks or more than layers, ``layers`` leave one out, hold one twice
-            or are not one range a rank, or a number is out of its range.
+            or are not one range a rank, the model or the ranks cannot be divided by ``tp``, or a
+            number is out of its range.
     """
     num_layers = config.num_layers
-    _check_numbers(config, free, context, batch, reserve)
-    sizes = model_bytes(config, dtype, context, batch)
+    _check_numbers(config, free, context, batch, reserve, tp)
+    sizes = model_bytes(config, dtype, context, batch, tp)
+    least = [min(free[i : i + tp]) for i in range(0, len(free), tp)]  # they hold the same bytes
     if layers is None:
-        layers = smallest_largest_share(sizes, free, reserve)
-    elif len(layers) != len(free):
+        layers = smallest_largest_share(sizes, least, reserve)
+    elif len(layers) != len(least):
+        what = "ranks" if tp == 1 else f"times tp={tp} ranks"
         raise ValueError(
-            f"layers must be one range for each of {len(free)} ranks, got {_text(layers)}"
+            f"layers must be one range for each of {len(least)} {what}, got {_text(layers)}"
         )
     check_cover(layers, num_layers)
     return [
@@ -133,16 +141,23 @@ def plan(
             reserve_bytes=reserve,
             free_bytes=free[rank],
         )
-        for rank, part in enumerate(layers)
+        for rank, part in enumerate(part for part in layers for _ in range(tp))
     ]
 
 
 def _check_numbers(
-    config: ModelConfig, free: Sequence[int], context: int, batch: int, reserve: int
+    config: ModelConfig, free: Sequence[int], context: int, batch: int, reserve: int, tp: int
 ) -> None:
     num_layers = config.num_layers
-    if not 1 <= len(free) <= num_layers:
-        raise ValueError(f"ranks must be 1 to the model's {num_layers} layers, got {len(free)}")
+    if tp < 1:
+        raise ValueError(f"tp must be at least 1, got {tp}")
+    if len(free) % tp:
+        raise ValueError(f"ranks must be a multiple of tp={tp}, got {len(free)}")
+    if not 1 <= len(free) // tp <= num_layers:
+        times = "" if tp == 1 else f" times tp={tp}"
+        raise ValueError(
+            f"ranks must be 1 to the model's {num_layers} layers{times}, got {len(free)}"
+        )
     if min(free) <= 0:
         raise ValueError(f"free bytes of every rank must be positive, got {list(free)}")
     if not 1 <= context <= config.max_seq_len:

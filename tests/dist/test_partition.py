@@ -10,6 +10,7 @@ from tiny_checkpoints import FAMILIES, make_reference
 from fastshard import ModelConfig, Shard, ShardedGeneralModel
 from fastshard.bench.presets import preset
 from fastshard.dist import (
+    TensorParallel,
     check_cover,
     even_split,
     partition,
@@ -37,8 +38,8 @@ def held(sizes, part):
         total += sizes.embedding
     if sizes.num_layers - 1 in part:
         total += sizes.head
-        if sizes.tied and 0 not in part:
-            total += sizes.embedding
+        if 0 not in part:
+            total += sizes.tied_head
     return total
 
 
@@ -54,7 +55,8 @@ def shares_of(sizes, cut, free, reserve):
 )
 def test_the_largest_share_is_the_smallest_of_all_cuts(free, ends, tied):
     for num_layers, reserve in itertools.product(range(len(free), 9), (0, 13)):
-        sizes = ModelBytes(num_layers, ends[0], layer=8, head=ends[1], tied=tied, cache=2, table=1)
+        tied_head = tied * ends[0]
+        sizes = ModelBytes(num_layers, ends[0], 8, ends[1], tied_head, cache=2, table=1)
         cut = smallest_largest_share(sizes, free, reserve)
         cuts = list(all_cuts(num_layers, len(free)))
         assert cut in cuts
@@ -72,11 +74,11 @@ def test_the_largest_share_is_the_smallest_of_all_cuts(free, ends, tied):
 
 def test_memory_weighs():
     """Layers go where the memory is; a large end takes the place of layers."""
-    sizes = ModelBytes(12, embedding=0, layer=10, head=0, tied=False)
+    sizes = ModelBytes(12, embedding=0, layer=10, head=0, tied_head=0)
     assert [len(part) for part in smallest_largest_share(sizes, [60, 40, 20])] == [6, 4, 2]
-    sizes = ModelBytes(12, embedding=40, layer=10, head=0, tied=False)
+    sizes = ModelBytes(12, embedding=40, layer=10, head=0, tied_head=0)
     assert [len(part) for part in smallest_largest_share(sizes, [80, 80])] == [4, 8]
-    sizes = ModelBytes(12, embedding=30, layer=10, head=0, tied=True)
+    sizes = ModelBytes(12, embedding=30, layer=10, head=0, tied_head=30)
     assert [len(part) for part in smallest_largest_share(sizes, [80, 80, 80])] == [3, 6, 3]
 
 
@@ -111,6 +113,35 @@ def test_the_sum_over_the_ranks_is_the_model():
     assert sum(share.weight_bytes for share in shares) == 2 * 8_030_261_248
     shares = plan(preset("llama-3.2-1b"), free, **settings)
     assert sum(share.weight_bytes for share in shares) == 2 * (1_235_814_400 + 128256 * 2048)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_that_share_layers_hold_what_was_counted(family, tp):
+    """Three stages; whichever part of the layers a rank has."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    config = ModelConfig.from_dict(make_reference(family, **heads).config.to_dict())
+    settings = {"dtype": torch.bfloat16, "context": 16, "batch": 2}
+    shares = plan(config, [10**6] * (3 * tp), tp=tp, **settings)
+    assert [share.shard.start_layer for share in shares] == [i for i in range(3) for _ in range(tp)]
+    assert partition(config, [10**6] * (3 * tp), tp=tp, **settings) == [s.shard for s in shares]
+    for share in shares:
+        build = TensorParallel(share.rank % tp, tp).build
+        model = build(config, share.shard, device="meta", dtype=torch.bfloat16)
+        assert share.weight_bytes == sum(weight.nbytes for weight in model.parameters())
+        model.setup_caches(2, torch.bfloat16, decoder_max_seq_len=16)
+        caches = [layer.attn.kv_cache for layer in model.layers.values()]
+        assert share.cache_bytes == sum(c.k_cache.nbytes + c.v_cache.nbytes for c in caches)
+
+
+def test_the_smallest_of_the_ranks_that_share_layers_decides():
+    config = tiny_config("llama")
+    settings = {"dtype": torch.float16, "context": 8}
+    even, uneven = [10**6, 10**6, 5 * 10**5, 5 * 10**5], [10**6, 10**7, 10**8, 5 * 10**5]
+    expected = [share.shard for share in plan(config, even, tp=2, **settings)]
+    shares = plan(config, uneven, tp=2, **settings)
+    assert [share.shard for share in shares] == expected
+    assert [share.free_bytes for share in shares] == uneven
 
 
 def test_the_reserve_is_part_of_the_share():
@@ -159,6 +190,15 @@ def test_layers_by_hand():
         ([10**6] * 4, {}, "ranks must be 1 to the model's 3 layers, got 4"),
         ([], {}, "ranks must be 1 to the model's 3 layers, got 0"),
         ([10**6, 0], {}, r"free bytes of every rank must be positive, got \[1000000, 0\]"),
+        ([10**6], {"tp": 0}, "tp must be at least 1, got 0"),
+        ([10**6] * 3, {"tp": 2}, "ranks must be a multiple of tp=2, got 3"),
+        ([10**6] * 8, {"tp": 2}, "ranks must be 1 to the model's 3 layers times tp=2, got 8"),
+        ([10**6] * 4, {"tp": 4}, "num_kv_heads must be a multiple of tp=4, got 2"),
+        (
+            [10**6] * 4,
+            {"tp": 2, "layers": [range(0, 1), range(1, 2), range(2, 3)]},
+            "layers must be one range for each of 2 times tp=2 ranks, got 0-0,1-1,2-2",
+        ),
         ([10**6], {"context": 65}, "context must be 1 to max_seq_len=64, got 65"),
         ([10**6], {"context": 0}, "context must be 1 to max_seq_len=64, got 0"),
         ([10**6], {"batch": 0}, "batch must be at least 1, got 0"),
@@ -214,7 +254,7 @@ def test_even_split_out_of_range_raises(count):
 @pytest.mark.parametrize("available", [9, 10, 11, 20, 29, 30, 34, 45, 50, 64, 71, 100, 150, 200])
 def test_split_is_the_smallest_that_fits(tied, ends, available):
     for num_layers, reserve in itertools.product((1, 2, 5, 8), (0, 9)):
-        sizes = ModelBytes(num_layers, ends[0], layer=10, head=ends[1], tied=tied)
+        sizes = ModelBytes(num_layers, ends[0], 10, ends[1], tied_head=tied * ends[0])
         parts = split_that_fits(sizes, available, reserve)
         fitting = [
             count
