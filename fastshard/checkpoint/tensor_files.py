@@ -74,9 +74,7 @@ class SafetensorsFile:
         self._data_start = 8 + length
         self.tensors = _parse_header(path, header, size - self._data_start)
 
-    def read_rows(
-        self, name: str, start: int, stop: int, columns: range | None = None
-    ) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int, columns: range | None = None) -> Tensor:
         """Rows ``start`` to ``stop`` (along the first dim), valid until the next call.
 
         Args:
@@ -170,9 +168,7 @@ class TorchFile:
             for name, t in state.items()
         }
 
-    def read_rows(
-        self, name: str, start: int, stop: int, columns: range | None = None
-    ) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int, columns: range | None = None) -> Tensor:
         """Rows ``start`` to ``stop`` (along the first dim), of a matrix only ``columns``."""
         rows = self._state[name][start:stop]
         return rows if columns is None else rows[:, columns.start : columns.stop]

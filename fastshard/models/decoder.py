@@ -111,7 +111,7 @@ class ShardTransformerDecoder(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """Of a last shard: the head's weight, ``[vocab_size, hidden_size]``; tied, the embedding's."""
+        """Of a last shard: weights of the head, ``[vocab_size, hidden_size]``, tied or its own."""
         return (self.tok_embeddings if self.output is None else self.output).weight
 
     @property

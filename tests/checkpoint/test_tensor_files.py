@@ -53,6 +53,17 @@ def test_rows_of_a_torch_file(tmp_path, tensors):
     for name, tensor in tensors.items():
         assert file.tensors[name].dtype == tensor.dtype
         assert torch.equal(file.read_rows(name, 1, 3), tensor[1:3])
+    assert torch.equal(file.read_rows("t1", 2, 6, range(1, 3)), tensors["t1"][2:6, 1:3])
+
+
+@pytest.mark.parametrize("columns", [range(0, 3), range(0, 1), range(1, 3), range(2, 2)])
+def test_columns_are_those_that_safetensors_wrote(path, tensors, columns):
+    file = SafetensorsFile(path)
+    for name in ("t0", "t1", "t2", "t3", "empty"):
+        expected = tensors[name][2:6, columns.start : columns.stop]
+        actual = file.read_rows(name, 2, 2 + len(expected), columns)
+        assert actual.shape == expected.shape
+        assert torch.equal(actual, expected)
 
 
 def test_only_the_rows_are_read(tmp_path):
@@ -61,6 +72,14 @@ def test_only_the_rows_are_read(tmp_path):
     SafetensorsFile(tmp_path / "a").read_rows("x", 10, 20)
     read = bytes_read() - before
     assert 40_000 <= read < 60_000  # 10 rows of 4,000 bytes; the header and this measurement
+
+
+def test_only_the_columns_are_read(tmp_path):
+    save_file({"x": torch.zeros(1000, 1000)}, tmp_path / "a")
+    before = bytes_read()
+    SafetensorsFile(tmp_path / "a").read_rows("x", 0, 1000, range(600, 700))
+    read = bytes_read() - before
+    assert 400_000 <= read < 420_000  # 1000 times 400 bytes; the header and this measurement
 
 
 @pytest.mark.parametrize(
@@ -114,6 +133,8 @@ def test_file_that_shrinks_later_raises(path):
     path.write_bytes(path.read_bytes()[:-400])
     with pytest.raises(CheckpointError, match=r"a\.safetensors: t1 ends early, the file was trunc"):
         file.read_rows("t1", 0, 7)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: t1 ends early, the file was trunc"):
+        file.read_rows("t1", 0, 7, range(0, 2))
 
 
 def test_bytes_that_do_not_fit_the_shape_raise(tmp_path):

@@ -12,6 +12,7 @@ from tiny_checkpoints import edit_json, edit_tensors, make_reference
 import fastshard
 from fastshard import CheckpointError, Shard
 from fastshard.checkpoint import weights
+from fastshard.dist import TensorParallel
 
 Q = "model__layers__1__self_attn__q_proj__weight"
 
@@ -77,6 +78,28 @@ def test_only_the_shards_bytes_of_one_file_are_read(single, monkeypatch, block_b
     read = bytes_read() - before
     needed = sum(t.numel() * 4 for t in loaded.model.state_dict().values())
     assert needed <= read < needed + 65536
+
+
+@pytest.mark.parametrize("block_bytes", [4096, 1 << 26])
+@pytest.mark.parametrize("index", [0, 1])
+def test_only_a_ranks_part_of_each_matrix_is_read(tmp_path, monkeypatch, index, block_bytes):
+    """Of rows and of columns, each half of a matrix being larger than all else that is read."""
+    sizes = {"hidden_size": 256, "head_dim": 128, "intermediate_size": 512, "vocab_size": 512}
+    make_reference("llama", **sizes).save_pretrained(tmp_path)
+    monkeypatch.setattr(weights, "_BLOCK_BYTES", block_bytes)
+    settings = {"shard": Shard("tiny", 1, 2, 3), "device": "cpu"}
+    settings["tensor_parallel"] = TensorParallel(index, 2)
+
+    def bytes_read():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    fastshard.load(tmp_path, **settings)  # everything lazy is imported
+    before = bytes_read()
+    loaded = fastshard.load(tmp_path, **settings)
+    read = bytes_read() - before
+    needed = sum(t.nbytes for t in loaded.model.state_dict().values())
+    smallest = 4 * 256 * 128  # half of k's and v's rows
+    assert needed <= read < needed + smallest // 2
 
 
 @pytest.mark.parametrize("step", [1, 100, 2000])
@@ -197,6 +220,18 @@ def test_wrong_shape_raises(single):
         r"\[64, 48\] for layers\.1\.attn\.q_proj\.weight, got \[63, 48\]",
     ):
         load(single)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_wrong_shape_of_what_is_read_in_part_raises(single, index):
+    """What the file must have is the whole tensor, though half of it is asked for."""
+    edit_tensors(single / "model.safetensors", **{Q: torch.zeros(32, 48)})
+    with pytest.raises(
+        CheckpointError,
+        match=r"q_proj\.weight must have shape \[64, 48\] for layers\.1\.attn\.q_proj\.weight, "
+        r"got \[32, 48\]",
+    ):
+        load(single, tensor_parallel=TensorParallel(index, 2))
 
 
 def test_integer_weights_raise(single):

@@ -7,6 +7,7 @@ import torch
 
 from fastshard import ModelConfig, Shard
 from fastshard.decode import MODES, check_mode, modes
+from fastshard.models import TensorPart
 
 CONFIG = ModelConfig("llama", 96, 64, 80, 200, 8, 2, 64, 32, 1e-5)
 
@@ -21,10 +22,13 @@ def has_kernel(monkeypatch):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *names: True)
 
 
-def fake(device="cuda:0", dtype=torch.float16, layers=200, **changes):
+def fake(device="cuda:0", dtype=torch.float16, layers=200, parts=(), capturable=True, **changes):
     config = SimpleNamespace(**{**CONFIG.__dict__, **changes})
     shard = Shard("fake", 0, layers - 1, 200)
-    return SimpleNamespace(device=torch.device(device), dtype=dtype, config=config, shard=shard)
+    model = SimpleNamespace(parts=dict(parts), is_capturable=capturable)
+    return SimpleNamespace(
+        device=torch.device(device), dtype=dtype, config=config, shard=shard, model=model
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,32 @@ def test_a_build_without_the_kernel_falls_back(monkeypatch):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *names: False)
     chosen = modes.choose_mode("persistent", [fake()], 1)
     assert chosen == ("graph", "this build of fastshard has no CUDA kernel of decode_step")
+
+
+PARTS = {"layers.0.mlp.w2.weight": TensorPart(1, 0, 2)}
+DIVIDED = "a launch runs whole layers, and tensor parallelism divides them by 2"
+WAITS = "a CUDA graph cannot hold a sum over ranks by other than nccl"
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "capturable", "expected"),
+    [
+        ("auto", "cuda:0", True, ("graph", DIVIDED)),
+        ("persistent", "cuda:0", True, ("graph", DIVIDED)),
+        ("graph", "cuda:0", True, ("graph", None)),
+        ("auto", "cuda:0", False, ("eager", DIVIDED)),
+        ("persistent", "cuda:0", False, ("eager", DIVIDED)),
+        ("graph", "cuda:0", False, ("eager", WAITS)),
+        ("eager", "cuda:0", False, ("eager", None)),
+        ("persistent", "cpu", False, ("eager", DIVIDED)),
+        ("auto", "cpu", False, ("eager", None)),
+    ],
+)
+@pytest.mark.usefixtures("has_kernel")
+def test_divided_layers_are_never_one_launch(mode, device, capturable, expected):
+    """And only a group of NCCL's lets them be a graph."""
+    model = fake(device, layers=100, parts=PARTS, capturable=capturable)
+    assert modes.choose_mode(mode, [fake(device, layers=100), model], 1) == expected
 
 
 def test_a_cpu_falls_back_to_eager():

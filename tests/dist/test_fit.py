@@ -8,7 +8,7 @@ from tiny_checkpoints import make_reference
 
 import fastshard
 from fastshard import ModelConfig, Shard, loading
-from fastshard.dist import check_fit, fit
+from fastshard.dist import TensorParallel, check_fit, fit
 from fastshard.models import model_bytes
 
 
@@ -40,6 +40,18 @@ def test_a_model_that_does_not_fit_raises(tmp_path, monkeypatch):
         fastshard.load(
             tmp_path, shard=Shard("tiny", layer, layer, 3), device="cpu", max_generated_tokens=16
         )
+
+
+def test_a_rank_needs_room_for_its_part_alone(tmp_path, monkeypatch):
+    make_reference("llama").save_pretrained(tmp_path)
+    config = ModelConfig.from_dict(make_reference("llama").config.to_dict())
+    needed = model_bytes(config, torch.float32, 16, tp=2).needed(range(3))
+    settings = {"max_generated_tokens": 16, "tensor_parallel": TensorParallel(1, 2)}
+    message = needs(monkeypatch, tmp_path, needed - 1, **settings)
+    assert message.startswith("1/2 of layers 0-2 of the model in torch.float32 with a cache of 16")
+    assert "2 shards on devices like this would fit: layers 0-" in message
+    monkeypatch.setattr(loading, "available_bytes", lambda device: needed)
+    fastshard.load(tmp_path, device="cpu", **settings)
 
 
 def test_a_layer_that_does_not_fit_raises(tmp_path, monkeypatch):

@@ -6,15 +6,19 @@ Heads are 8 over 4 key/value heads, so that 4 ranks have groups of two heads eac
 import pytest
 import torch
 import torch.multiprocessing
-from tensor_parallel_ranks import NEW_TOKENS, PROMPTS, TOKENS, run
+from tensor_parallel_ranks import NEW_TOKENS, NUM_LAYERS, PROMPTS, TOKENS, run
 from tiny_checkpoints import FAMILIES, make_reference
 
 import decoder_reference as reference
 import fastshard
-from fastshard import generate_batch
+from fastshard import ModelConfig, Shard, ShardedGeneralModel, generate_batch
+from fastshard.dist import TensorParallel
 from helpers import assert_as_accurate
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias", "k_proj.bias")
+ROWS += ("v_proj.bias", "w1.weight", "w3.weight", "output.weight")
+COLUMNS = ("output_proj.weight", "w2.weight")
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +86,78 @@ def test_steps_in_a_graph_give_the_tokens_of_one_process(results, folder, family
     model = fastshard.load(folder / family, device="cpu")
     expected = generate_batch(model, PROMPTS, max_new_tokens=NEW_TOKENS)
     assert [result[family, "graph"] for result in results] == [(expected, 1)] * 4
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("span", [(0, 2), (0, 0), (1, 1), (1, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_together_are_the_whole_under_its_names(folder, family, span, size):
+    """Also what is random at first has these shapes, and on meta nothing has values."""
+    shard = Shard("tiny", *span, NUM_LAYERS)
+    settings = {"shard": shard, "device": "cpu", "dtype": torch.float16}
+    whole = fastshard.load(folder / family, **settings)
+    ranks = [TensorParallel(index, size) for index in range(size)]
+    models = [fastshard.load(folder / family, tensor_parallel=r, **settings) for r in ranks]
+    states = [model.model.state_dict() for model in models]
+    by_rows = ROWS if 0 in shard.layers else (*ROWS, "tok_embeddings.weight")
+    for name, tensor in whole.model.state_dict().items():
+        held = [state.pop(name) for state in states]
+        if name.endswith(by_rows + COLUMNS):
+            assert torch.equal(torch.cat(held, 0 if name.endswith(by_rows) else 1), tensor), name
+        else:
+            assert all(torch.equal(part, tensor) for part in held), name
+    assert states == [{}] * size
+    for model, part in zip(models, ranks, strict=True):
+        assert model.config == whole.config
+        for device in ("cpu", "meta"):
+            built = part.build(model.config, shard, device=device, dtype=torch.float16)
+            assert {tensor.device.type for tensor in built.parameters()} == {device}
+            assert not any(tensor.requires_grad for tensor in built.parameters())
+            assert {name: tensor.shape for name, tensor in built.state_dict().items()} == {
+                name: tensor.shape for name, tensor in model.model.state_dict().items()
+            }
+
+
+def test_weights_stay_packed(folder):
+    """q, k and v are rows of one tensor, w1 and w3 of another: of the part, as of the whole."""
+    model = fastshard.load(folder / "qwen2", device="cpu", tensor_parallel=TensorParallel(1, 2))
+    layer = model.model.layers["1"]
+    q, k, v = layer.attn.q_proj.weight, layer.attn.k_proj.weight, layer.attn.v_proj.weight
+    assert torch.equal(layer.attn.packed_weight, torch.cat([q, k, v]))
+    assert q.untyped_storage().data_ptr() == layer.attn.packed_weight.data_ptr()
+    w1, w3 = layer.mlp.w1.weight, layer.mlp.w3.weight
+    assert torch.equal(layer.mlp.packed_weight, torch.stack([w1, w3], 1).flatten(0, 1))
+    assert w1.untyped_storage().data_ptr() == layer.mlp.packed_weight.data_ptr()
+
+
+def test_a_dict_is_a_config_as_for_the_whole(folder):
+    raw = make_reference("qwen3", **HEADS).config.to_dict()
+    model = ShardedGeneralModel(
+        raw, Shard("tiny", 0, 0, 3), "meta", build=TensorParallel(0, 4).build
+    )
+    assert model.config == ModelConfig.from_dict(raw)
+    assert model.model.layers["0"].attn.num_kv_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "message"),
+    [
+        (3, {}, "num_heads must be a multiple of tp=3, got 8"),
+        (8, {}, "num_kv_heads must be a multiple of tp=8, got 4"),
+        (4, {"intermediate_size": 82}, "intermediate_size must be a multiple of tp=4, got 82"),
+        (4, {"vocab_size": 74}, "vocab_size must be a multiple of tp=4, got 74"),
+    ],
+)
+def test_what_does_not_divide_raises(size, changes, message):
+    config = ModelConfig.from_dict(make_reference("llama", **HEADS | changes).config.to_dict())
+    for shard in (Shard("tiny", 0, 2, 3), Shard("tiny", 1, 1, 3)):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            TensorParallel(0, size).build(config, shard, device="meta")
+
+
+@pytest.mark.parametrize(("index", "size"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_part_that_is_none_raises(index, size):
+    with pytest.raises(
+        ValueError, match=rf"^index must be 0 to size - 1 = {size - 1}, got {index}"
+    ):
+        TensorParallel(index, size)
