@@ -139,6 +139,14 @@ def _add_generate(commands) -> None:
         help="layers of each shard, with torchrun of each rank, ends included",
     )
     add(
+        "--tp",
+        type=count,
+        metavar="N",
+        default=1,
+        help="with torchrun: N ranks in turn share their layers, each a part of every one; "
+        "--layers is then for each N ranks (default: 1)",
+    )
+    add(
         "--in-flight",
         type=count,
         metavar="N",

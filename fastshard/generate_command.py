@@ -27,6 +27,11 @@ def run(args: argparse.Namespace) -> int:
         from fastshard.pipeline import command
 
         return command.run(args)
+    if args.tp > 1:
+        raise ValueError(
+            f"--tp {args.tp} shares layers over processes, and there is one: start it by torchrun "
+            f"--nproc-per-node {args.tp} -m fastshard generate"
+        )
     prompts = read_prompts(args)
     checkpoint = open_checkpoint(args)
     layers = args.layers or even_split(checkpoint.config.num_layers, args.shards or 1)

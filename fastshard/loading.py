@@ -115,10 +115,20 @@ def load_shard(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     max_generated_tokens: int = 1024,
+    tensor_parallel: TensorParallel | None = None,
     report: Report | None = None,
 ) -> TextModel:
-    """Load one shard's layers; no byte of the others is read. As ``load``."""
-    return _load(checkpoint, [shard], device, dtype, True, max_generated_tokens, report)[0]
+    """Load one shard's layers, or a rank's part of them; no other byte is read. As ``load``."""
+    return _load(
+        checkpoint,
+        [shard],
+        device,
+        dtype,
+        True,
+        max_generated_tokens,
+        report,
+        tensor_parallel,
+    )[0]
 
 
 def demo_model() -> Path:

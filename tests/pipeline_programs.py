@@ -122,9 +122,9 @@ def fail(path: str, settings: dict[str, Any]) -> bool:
         return True
 
 
-def error_of(path: str, settings: dict[str, Any]) -> str:
+def error_of(path: str, settings: dict[str, Any], tp: int = 1) -> str:
     """What making the pipeline raises."""
-    with join_world() as world:
+    with join_world(tp=tp) as world:
         try:
             Pipeline(Checkpoint(path), world, Settings(**settings) if world.rank == 0 else None)
         except ValueError as error:

@@ -10,7 +10,7 @@ from tiny_checkpoints import FAMILIES
 
 import fastshard
 from fastshard import Shard, generate_batch
-from fastshard.dist import TensorParallel
+from fastshard.dist import TensorParallel, World, join_world
 
 NUM_LAYERS = 3
 PROMPTS = [[40, 41, 42, 43, 44], [7, 3, 60, 21, 5, 33, 9, 14, 2, 71, 50], [68, 12, 30]]
@@ -18,22 +18,17 @@ NEW_TOKENS = 12
 TOKENS = torch.randint(72, (2, 23), generator=torch.Generator().manual_seed(1))
 
 
-def run(rank: int, num_ranks: int, folder: Path) -> None:
-    """One of ``num_ranks`` = 4 ranks: save what each way to share the families' models gives."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    pair = TensorParallel.of(pairs[rank // 2])
+def share_all_families(folder: Path) -> None:
+    """Save what each way to share the families' models gives this one of four ranks."""
     results = {}
-    for family in FAMILIES:
-        path = folder / family
-        for ranks in (pair, TensorParallel.of()):
-            results[family, ranks.size] = whole(path, ranks)
-        results[family, "stages"] = two_stages(path, rank, pair)
-        results[family, "graph"] = in_a_graph(path, pair)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    with join_world(tp=2) as world:
+        for family in FAMILIES:
+            path = folder / family
+            for ranks in (world.tensor_parallel, TensorParallel.of()):
+                results[family, ranks.size] = whole(path, ranks)
+            results[family, "stages"] = two_stages(path, world)
+            results[family, "graph"] = in_a_graph(path, world.tensor_parallel)
+        torch.save(results, folder / f"{world.rank}.pt")
 
 
 def whole(path: Path, ranks: TensorParallel) -> dict:
@@ -47,12 +42,13 @@ def whole(path: Path, ranks: TensorParallel) -> dict:
     return results
 
 
-def two_stages(path: Path, rank: int, pair: TensorParallel) -> list[int]:
+def two_stages(path: Path, world: World) -> list[int]:
     """Greedy tokens after the first prompt, from layer 0 on ranks 0, 1 and the rest on 2, 3."""
-    is_first = rank < 2
+    is_first = world.is_first_stage
     shard = Shard("tiny", 0, 0, NUM_LAYERS) if is_first else Shard("tiny", 1, 2, NUM_LAYERS)
-    model = fastshard.load(path, shard=shard, device="cpu", tensor_parallel=pair)
-    other = (rank + 2) % 4
+    ranks = world.tensor_parallel
+    model = fastshard.load(path, shard=shard, device="cpu", tensor_parallel=ranks)
+    other = world.next_rank
     token, held, tokens = torch.tensor([PROMPTS[0]]), 0, []
     for _ in range(NEW_TOKENS):
         length = len(PROMPTS[0]) if held == 0 else 1

@@ -55,7 +55,8 @@ def choose_mode(
     """Decide how these shards decode ``batch`` rows.
 
     Args:
-        mode: One of ``MODES``. ``auto`` is persistent on a GPU, and eager on CPUs.
+        mode: One of ``MODES``. ``auto`` is persistent on a GPU, graph where ranks share layers, and
+            eager on CPUs.
 
     Returns:
         ``persistent``, ``graph`` or ``eager``, and where that is not what was asked for, why.
@@ -68,7 +69,8 @@ def choose_mode(
         fallback, reason = "eager", "a CUDA graph needs a GPU, got cpu"
     elif not all(model.model.is_capturable for model in models):
         fallback, reason = "eager", "a CUDA graph cannot hold a sum over ranks by other than nccl"
-    if mode == "graph":
+    is_shared = any(model.model.parts for model in models)
+    if mode == "graph" or (mode == "auto" and is_shared):
         return fallback, reason
     reason = next(filter(None, (_refusal(model, batch) for model in models)), None)
     return ("persistent", None) if reason is None else (fallback, reason)

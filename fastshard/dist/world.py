@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from fastshard.dist.tensor_parallel import TensorParallel
 from fastshard.environment import launched_rank
 
 # Whoever watches the ranks ends a run that hangs. A limit of the groups' own would end a sound one
@@ -121,6 +122,11 @@ class World:
     def tp_index(self) -> int:
         """Place among the ranks of this stage, from 0."""
         return self.rank % self.tp
+
+    @property
+    def tensor_parallel(self) -> TensorParallel | None:
+        """This rank among those that share its stage's layers; None where it is alone."""
+        return None if self.tp == 1 else TensorParallel.of(self.groups.tensor)
 
     @property
     def is_first_stage(self) -> bool:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         )
     device = local_device(args.device or default_device())
     check_device(device)
-    with join_world(device=device) as world:
+    with join_world(tp=args.tp, device=device) as world:
         checkpoint = open_checkpoint(args)
         if world.rank == 0:
             return _lead(args, world, checkpoint)

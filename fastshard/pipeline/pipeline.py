@@ -79,18 +79,20 @@ class Pipeline:
             report: Called while weights are copied, with elements done and elements in all.
 
         Raises:
-            ValueError: the layers do not fit, or are not one range a stage: on every rank.
+            ValueError: the layers do not fit, cannot be shared by the ranks of a stage, or are not
+                one range a stage: on every rank.
         """
         self.world = world
         self.settings: Settings = world.gather(settings)[0]
         hops = connect(world)
-        self.shard: Shard = _shards(checkpoint, world, self.settings)[world.stage]
+        self.shard: Shard = _shards(checkpoint, world, self.settings)[world.rank]
         model = load_shard(
             checkpoint,
             self.shard,
             device=world.device,
             dtype=self.settings.dtype,
             max_generated_tokens=self.settings.context,
+            tensor_parallel=world.tensor_parallel,
             report=report,
         )
         self._vocab_size = checkpoint.config.vocab_size
@@ -181,15 +183,15 @@ def _limit(requests: Sequence[TextRequest], context: int) -> None:
 
 
 def _shards(checkpoint: Checkpoint, world: World, settings: Settings) -> list[Shard]:
-    """Each stage's layers, the same on every rank."""
-    free = world.gather(available_bytes(world.device) // world.num_sharing)
+    """Each rank's layers, the same on every rank."""
     return partition(
         checkpoint.config,
-        [min(free[rank] for rank in world.ranks_of(stage)) for stage in range(world.num_stages)],
+        world.gather(available_bytes(world.device) // world.num_sharing),
         dtype=settings.dtype,
         context=settings.context,
         batch=settings.in_flight,
         reserve=WORKSPACE_BYTES,
         layers=settings.layers,
+        tp=world.tp,
         model_id=checkpoint.name,
     )

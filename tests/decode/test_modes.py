@@ -91,10 +91,10 @@ WAITS = "a CUDA graph cannot hold a sum over ranks by other than nccl"
 @pytest.mark.parametrize(
     ("mode", "device", "capturable", "expected"),
     [
-        ("auto", "cuda:0", True, ("graph", DIVIDED)),
+        ("auto", "cuda:0", True, ("graph", None)),
         ("persistent", "cuda:0", True, ("graph", DIVIDED)),
         ("graph", "cuda:0", True, ("graph", None)),
-        ("auto", "cuda:0", False, ("eager", DIVIDED)),
+        ("auto", "cuda:0", False, ("eager", WAITS)),
         ("persistent", "cuda:0", False, ("eager", DIVIDED)),
         ("graph", "cuda:0", False, ("eager", WAITS)),
         ("eager", "cuda:0", False, ("eager", None)),

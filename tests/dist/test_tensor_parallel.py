@@ -5,8 +5,8 @@ Heads are 8 over 4 key/value heads, so that 4 ranks have groups of two heads eac
 
 import pytest
 import torch
-import torch.multiprocessing
-from tensor_parallel_ranks import NEW_TOKENS, NUM_LAYERS, PROMPTS, TOKENS, run
+from ranks import run_ranks
+from tensor_parallel_ranks import NEW_TOKENS, NUM_LAYERS, PROMPTS, TOKENS
 from tiny_checkpoints import FAMILIES, make_reference
 
 import decoder_reference as reference
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for family in FAMILIES:
         make_reference(family, **HEADS).save_pretrained(folder / family)
-    torch.multiprocessing.spawn(run, (4, folder), nprocs=4)
+    run_ranks(4, "tensor_parallel_ranks:share_all_families", folder)
     return folder
 
 

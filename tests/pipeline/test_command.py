@@ -89,6 +89,14 @@ def test_a_file_of_prompts_on_three_ranks(path, expected, prompts_file):
     assert re.fullmatch(f"{figures}, 192 bytes a token over each of 2 hops\n", own_lines(err))
 
 
+def test_two_ranks_that_share_each_layer(path, expected):
+    status, out, err = torchrun(2, path, "ab", "--tp", "2", *WORDS)
+    assert status == 0, err
+    assert out == expected[0] + "\n"
+    figures = r"2 prompt tokens in \d+\.\d\d s, 7 new tokens at [\d.]+ tokens/s"
+    assert re.fullmatch(f"{figures}\n", own_lines(err))
+
+
 def test_what_cannot_be_is_an_error_of_every_rank(path):
     status, out, err = torchrun(2, path, "ab", "--shards", "2")
     assert (status, out) == (1, "")
@@ -134,6 +142,15 @@ def run(capsys, path):
         return (status, *capsys.readouterr())
 
     return run
+
+
+def test_one_process_cannot_share_layers(run):
+    status, out, err = run("ab", "--tp", "2")
+    assert (status, out) == (1, "")
+    assert err == (
+        "fastshard: error: --tp 2 shares layers over processes, and there is one: start it by "
+        "torchrun --nproc-per-node 2 -m fastshard generate\n"
+    )
 
 
 @pytest.mark.parametrize("more", [[], ["--in-flight", "3"], ["--shards", "2"]])

@@ -163,14 +163,27 @@ def test_a_hop_carries_one_hidden_state_a_token(paths, dtype):
     assert outcome.hops == [Sent(num_tokens * size, num_tokens)] * 2
 
 
-def test_ranks_of_a_stage_get_the_same_commands_and_tokens(paths, alone):
-    """Two ranks a stage, each with all of its layers: as tensor parallelism talks."""
-    cases = [Case(paths["llama"], SETTINGS, [SAMPLED], lag) for lag in (0, 1)]
+def test_stages_of_two_ranks_that_share_layers(paths, alone):
+    """By hand with a tied head alone on its stage; read late, too."""
+    asked = [("llama", None, 0), ("llama", None, 1), ("llama-3.2", (range(0, 3), range(3, 4)), 0)]
+    asked += [("mistral", None, 0), ("qwen2", (range(0, 1), range(1, 4)), 0)]
+    cases = [
+        Case(paths[family], SETTINGS | {"layers": cut}, [SAMPLED], lag)
+        for family, cut, lag in asked
+    ]
     outcomes = run_ranks(4, "pipeline_programs:run_cases", cases, 2)[0]
-    for outcome in outcomes:
-        assert outcome.tokens == [alone("llama", SAMPLED)]
-        assert outcome.layers == [range(0, 2), range(0, 2), range(2, 4), range(2, 4)]
-        assert len(outcome.hops) == 1
+    for (family, cut, _), outcome in zip(asked, outcomes, strict=True):
+        first, last = cut or (range(0, 2), range(2, 4))
+        assert outcome.tokens == [alone(family, SAMPLED)]
+        assert outcome.layers == [first, first, last, last]
+        num_tokens = sum(len(prompt) + NUM_TOKENS - 1 for prompt in PROMPTS)
+        assert [sent.num_tokens for sent in outcome.hops] == [num_tokens]  # each rank's to its own
+
+
+def test_layers_that_cannot_be_shared_raise_on_every_rank(paths):
+    message = "num_kv_heads must be a multiple of tp=2, got 1"
+    ranks = run_ranks(2, "pipeline_programs:error_of", paths["qwen3"], SETTINGS, 2)
+    assert ranks == [message, message]
 
 
 def test_a_run_that_was_given_up(paths, alone):
