@@ -1,5 +1,6 @@
 """What the ranks of the tests of tensor parallelism run, as processes of their own."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,30 @@ def in_a_graph(path: Path, ranks: TensorParallel) -> tuple[list[list[int]], int]
         patch.setattr(TensorParallel, "is_capturable", True)
         rows = generate_batch(model, PROMPTS, max_new_tokens=NEW_TOKENS, decode="graph")
     return rows, len(made)
+
+
+def share_one_gpu(folder: Path) -> None:
+    """Save what one of two ranks on one GPU, which talk by gloo, gives of each family."""
+    results = {}
+    with join_world(tp=2, device="cuda:0") as world:
+        for family in FAMILIES:
+            for dtype in (torch.float16, torch.bfloat16):
+                model = fastshard.load(
+                    folder / family,
+                    device=world.device,
+                    dtype=dtype,
+                    tensor_parallel=world.tensor_parallel,
+                )
+                tokens = TOKENS.to(world.device)
+                pieces = [model.generate(tokens[:, :20])[1]]
+                for i in range(20, tokens.shape[1]):
+                    pieces.append(model.generate(tokens[:, i : i + 1], curr_pos=i)[1])
+                with warnings.catch_warnings(record=True) as warned:
+                    warnings.simplefilter("always")
+                    rows = generate_batch(model, PROMPTS, max_new_tokens=NEW_TOKENS)
+                results[family, dtype] = {
+                    "logits": torch.cat(pieces, 1).cpu(),
+                    "tokens": rows,
+                    "warnings": [str(warning.message) for warning in warned],
+                }
+        torch.save(results, folder / f"{world.rank}.pt")
