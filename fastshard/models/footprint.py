@@ -70,13 +70,13 @@ def model_bytes(
     attention += config.qk_norm * 2 * config.head_dim
     mlp = 3 * hidden * part.intermediate_size
     embedding = config.vocab_size * hidden
-    tied_head = embedding // tp if config.tie_word_embeddings else 0
+    rows, tied = embedding // tp, config.tie_word_embeddings  # of the head
     return ModelBytes(
         num_layers=config.num_layers,
         embedding=embedding * dtype.itemsize,
         layer=(attention + mlp + 2 * hidden) * dtype.itemsize,
-        head=(hidden + embedding // tp - tied_head) * dtype.itemsize,
-        tied_head=tied_head * dtype.itemsize,
+        head=(hidden + (0 if tied else rows)) * dtype.itemsize,
+        tied_head=(rows if tied else 0) * dtype.itemsize,
         cache=2 * batch * kv_size * min(context, config.max_seq_len) * dtype.itemsize,
         table=config.max_seq_len * (config.rotary_dim // 2) * 2 * torch.float32.itemsize,
     )

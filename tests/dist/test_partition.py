@@ -115,16 +115,19 @@ def test_the_sum_over_the_ranks_is_the_model():
     assert sum(share.weight_bytes for share in shares) == 2 * (1_235_814_400 + 128256 * 2048)
 
 
+@pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_that_share_layers_hold_what_was_counted(family, tp):
-    """Three stages; whichever part of the layers a rank has."""
+def test_ranks_that_share_layers_hold_what_was_counted(family, tp, stages):
+    """Whichever part of the layers a rank has."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     config = ModelConfig.from_dict(make_reference(family, **heads).config.to_dict())
     settings = {"dtype": torch.bfloat16, "context": 16, "batch": 2}
-    shares = plan(config, [10**6] * (3 * tp), tp=tp, **settings)
-    assert [share.shard.start_layer for share in shares] == [i for i in range(3) for _ in range(tp)]
-    assert partition(config, [10**6] * (3 * tp), tp=tp, **settings) == [s.shard for s in shares]
+    free = [10**6] * (stages * tp)
+    shares = plan(config, free, tp=tp, **settings)
+    starts = [share.shard.start_layer for share in shares]
+    assert starts == [i for i in range(stages) for _ in range(tp)]
+    assert partition(config, free, tp=tp, **settings) == [share.shard for share in shares]
     for share in shares:
         build = TensorParallel(share.rank % tp, tp).build
         model = build(config, share.shard, device="meta", dtype=torch.bfloat16)
