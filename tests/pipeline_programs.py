@@ -2,8 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import pytest
+import torch.distributed as dist
+from recorded_graphs import pretend_to_capture
+
 from fastshard.checkpoint import Checkpoint
-from fastshard.dist import Sent, World, join_world
+from fastshard.dist import Sent, TensorParallel, World, join_world
 from fastshard.pipeline import Pipeline, Settings
 from fastshard.sampling import Sampling
 
@@ -130,3 +134,34 @@ def error_of(path: str, settings: dict[str, Any], tp: int = 1) -> str:
         except ValueError as error:
             return str(error)
         return "none"
+
+
+def run_in_graphs(case: Case, tp: int) -> tuple[list, int, list[bool]]:
+    """As ``run_case``, as if this were a GPU and the sums over ranks could be captured.
+
+    Returns:
+        Tokens of the first run, how many graphs were recorded, and whether each slot has its own:
+        before the world ends, and when its groups do.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        made = pretend_to_capture(patch)
+        patch.setattr(TensorParallel, "is_capturable", True)
+        with join_world(tp=tp) as world:
+            pipeline = Pipeline(Checkpoint(case.path), world, Settings(**case.settings))
+            requests = [TokenRequest(*arguments) for arguments in case.runs[0]]
+            if world.rank == 0:
+                for _ in pipeline._engine.run(requests):
+                    pass
+                pipeline.stop()
+            else:
+                assert pipeline.serve()
+            parts = [part for slot in pipeline._rank._slots for part in slot._parts]
+            recorded = [part.is_recorded for part in parts]
+            destroy = dist.destroy_process_group
+
+            def end_groups():
+                recorded.extend(part.is_recorded for part in parts)
+                destroy()
+
+            patch.setattr(dist, "destroy_process_group", end_groups)
+    return [request.tokens for request in requests], len(made), recorded

@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import traceback
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -13,6 +14,16 @@ LIMIT = 300  # seconds; generous, for a busy machine
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in the process that the ranks are forked from; no thread runs in it.
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "fastshard"])
+
+
+def _start_forkserver() -> None:
+    """Start it in a folder without modules: it looks in its folder first, be that a checkout."""
+    here = os.getcwd()
+    os.chdir("/")
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
 
 
 def run_ranks(size: int, program: str, *arguments: Any) -> list[Any]:
@@ -28,6 +39,7 @@ def run_ranks(size: int, program: str, *arguments: Any) -> list[Any]:
     Raises:
         AssertionError: a rank raised, died or took too long; says which, with its traceback.
     """
+    _start_forkserver()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = []
     for rank in range(size):
@@ -50,6 +62,13 @@ def run_ranks(size: int, program: str, *arguments: Any) -> list[Any]:
         for process, _ in ranks:
             process.kill()
             process.join()
+
+
+def package_file() -> str:
+    """Which fastshard a rank imports."""
+    import fastshard
+
+    return fastshard.__file__
 
 
 def _results(pipes: dict[Connection, int]) -> list[Any]:

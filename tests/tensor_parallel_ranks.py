@@ -23,6 +23,7 @@ def share_all_families(folder: Path) -> None:
     """Save what each way to share the families' models gives this one of four ranks."""
     results = {}
     with join_world(tp=2) as world:
+        assert not world.tensor_parallel.is_capturable
         for family in FAMILIES:
             path = folder / family
             for ranks in (world.tensor_parallel, TensorParallel.of()):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ranks import run_ranks
 
 import fastshard
 from fastshard import build_record, ops
@@ -25,6 +26,10 @@ def test_tests_import_the_installed_wheel():
     version, _, local = importlib.metadata.version("fastshard").partition("+")
     assert version == fastshard.__version__
     assert local == cuda_major_of(build_record.CUDA_VERSION)
+
+
+def test_ranks_import_it_too():
+    assert run_ranks(1, "ranks:package_file") == [fastshard.__file__]
 
 
 def test_build_record_matches_the_wheel():

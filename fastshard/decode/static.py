@@ -168,6 +168,10 @@ class Part:
     def will_be_recorded(self) -> bool:
         return self._is_captured and self._replay is None
 
+    def drop_graph(self) -> None:
+        """Forget the graph; another step would record one anew."""
+        self._replay, self._is_warm = None, False
+
     @torch.no_grad()
     def begin(self, num_held: int, sampling: Sampling | None = None) -> None:
         """Go on after another prompt, of which the caches hold ``num_held`` tokens.
@@ -206,7 +210,8 @@ class Part:
                 raise
             reason = str(error).splitlines()[0]
         if reason is not None:
-            self.is_persistent, self._replay, self._is_warm = False, None, False
+            self.is_persistent = False
+            self.drop_graph()
             self._run()
         self._num_steps += 1
         if self.history is None:

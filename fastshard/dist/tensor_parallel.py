@@ -63,8 +63,8 @@ class TensorParallel:
     def is_capturable(self) -> bool:
         """Whether a CUDA graph can hold a sum: gloo's waits on the host.
 
-        NCCL sets up its connections at a first sum of each size, which a capture cannot hold: run
-        the pass once before.
+        Before a capture run the pass once: NCCL makes its connections at a first sum of a size. And
+        drop the graph before the group is destroyed, which waits for that.
         """
         return "cuda:nccl" in dist.get_backend_config(self.group)
 
@@ -78,6 +78,13 @@ class TensorParallel:
     ) -> "TensorParallelDecoder":
         """Build this rank's part of the decoder of ``shard``, as ``GeneralMHA`` does the whole."""
         return TensorParallelDecoder(config, shard, self, device=device, dtype=dtype)
+
+    def connect(self, device: torch.device) -> None:
+        """Meet the other ranks; each of them must.
+
+        NCCL does at the first sum, and takes memory: better before the free memory is shared out.
+        """
+        self.add_up(torch.zeros(1, device=device))
 
     def add_up(self, x: Tensor) -> Tensor:
         """Sum contiguous ``x`` over the ranks, in place and its dtype: the same bits everywhere.

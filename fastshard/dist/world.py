@@ -1,7 +1,7 @@
 """World: this process among those that torchrun started, and the groups that they talk in."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -75,6 +75,7 @@ class World:
         self.device: torch.device = torch.device(device)
         self.store = store
         self.groups: Groups | None = None
+        self._drops: list[Callable[[], None]] = []
         self.num_sharing: int = 1
         self.uses_nccl: bool = False
         if size > 1:
@@ -157,8 +158,16 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def at_end(self, drop: Callable[[], None]) -> None:
+        """Have ``drop`` called before the groups end: it lets go of what holds on to them.
+
+        NCCL ends a group only when there is no CUDA graph any more that holds a sum of it.
+        """
+        self._drops.append(drop)
+
     def close(self) -> None:
         """Leave. Every rank must, when all that it sent or receives is done."""
+        self._drop_all()
         if self.groups is not None:
             self.groups = None
             dist.destroy_process_group()
@@ -170,6 +179,12 @@ class World:
         # After an error the others may never leave, and the process ends anyway.
         if error is None:
             self.close()
+        else:
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        while self._drops:
+            self._drops.pop()()
 
 
 def join_world(

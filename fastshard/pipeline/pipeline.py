@@ -85,6 +85,8 @@ class Pipeline:
         self.world = world
         self.settings: Settings = world.gather(settings)[0]
         hops = connect(world)
+        if world.tensor_parallel is not None:
+            world.tensor_parallel.connect(world.device)
         self.shard: Shard = _shards(checkpoint, world, self.settings)[world.rank]
         model = load_shard(
             checkpoint,
@@ -105,6 +107,7 @@ class Pipeline:
             chunk_size=self.settings.chunk_size,
             mode=self.settings.mode,
         )
+        world.at_end(self._rank.drop_graphs)
         self._engine = Engine(self._rank) if world.rank == 0 else None
 
     def generate_many(self, requests: Sequence[TextRequest]) -> Texts:

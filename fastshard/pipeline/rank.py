@@ -117,6 +117,11 @@ class PipelineRank:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
+    def drop_graphs(self) -> None:
+        """Forget what was captured: sums over ranks in it would keep their group from ending."""
+        for slot in self._slots:
+            slot.drop_graphs()
+
     def _chunk_input(self, command: Chunk, tokens: Sequence[int]) -> Tensor:
         """``[1, s]`` tokens, or ``[1, s, hidden_size]`` from the stage before."""
         if not self.world.is_first_stage:

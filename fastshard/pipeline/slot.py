@@ -59,6 +59,11 @@ class Slot:
                     reason = part.run()[1] or reason
         return reason
 
+    def drop_graphs(self) -> None:
+        """Forget what was captured."""
+        for part in self._parts:
+            part.drop_graph()
+
     def start(self, sampling: Sampling) -> None:
         """Forget the request before; ``sampling`` is the next one's."""
         self._sampling = sampling

@@ -181,3 +181,16 @@ def test_a_part_that_is_none_raises(index, size):
         ValueError, match=rf"^index must be 0 to size - 1 = {size - 1}, got {index}"
     ):
         TensorParallel(index, size)
+
+
+@pytest.mark.parametrize(
+    ("backends", "expected"),
+    [("cuda:nccl", True), ("cpu:gloo,cuda:nccl", True), ("cpu:gloo,cuda:gloo", False)],
+)
+def test_sums_of_nccl_alone_can_be_captured(monkeypatch, backends, expected):
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: backends)
+    ranks = TensorParallel(0, 2)
+    assert ranks.is_capturable is expected
+    config = ModelConfig.from_dict(make_reference("llama", **HEADS).config.to_dict())
+    decoder = ranks.build(config, Shard("tiny", 0, 0, 3), device="meta")
+    assert decoder.is_capturable is expected

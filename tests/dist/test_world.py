@@ -1,5 +1,7 @@
 """The world: places of ranks, their groups, and a process that is alone."""
 
+import contextlib
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -123,3 +125,16 @@ def test_what_torchrun_says(monkeypatch, missing):
 def test_worlds_that_cannot_be(arguments, settings, message):
     with pytest.raises(ValueError, match=message):
         World(*arguments, **settings)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_dropped_at_the_end(fails):
+    """Also after an error, the last first, once."""
+    dropped = []
+    with contextlib.suppress(ZeroDivisionError), World() as world:
+        world.at_end(lambda: dropped.append("first"))
+        world.at_end(lambda: dropped.append("second"))
+        _ = 1 / (not fails)  # an error, where it is to fail
+    assert dropped == ["second", "first"]
+    world.close()
+    assert dropped == ["second", "first"]

@@ -58,6 +58,7 @@ def torchrun(size, path, *arguments):
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=path,  # -m would take a checkout in the current folder
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     return done.returncode, done.stdout, done.stderr

@@ -1,6 +1,7 @@
 """The pipeline over real processes: the tokens of one process, on any ranks, beside any others."""
 
 import functools
+import math
 import shutil
 
 import pytest
@@ -178,6 +179,39 @@ def test_stages_of_two_ranks_that_share_layers(paths, alone):
         assert outcome.layers == [first, first, last, last]
         num_tokens = sum(len(prompt) + NUM_TOKENS - 1 for prompt in PROMPTS)
         assert [sent.num_tokens for sent in outcome.hops] == [num_tokens]  # each rank's to its own
+
+
+def alone_in(weight, name, index):
+    """``weight`` with NaN in the half that is for the other of two ranks."""
+    by_rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+    halves = weight.clone().chunk(2, 0 if any(part in name for part in by_rows) else -1)
+    if any(part in name for part in (*by_rows, "o_proj.weight", "down_proj")):
+        halves[1 - index].fill_(math.nan)
+    return halves[0]._base
+
+
+def test_each_rank_reads_its_part_of_shared_layers_alone(paths, alone, tmp_path):
+    """Each rank's copy of the checkpoint has nothing in the other's part."""
+    for rank in range(2):
+        copy = tmp_path / f"rank {rank}"
+        shutil.copytree(paths["qwen2"], copy)
+        weights = load_file(copy / "model.safetensors")
+        kept = {name: alone_in(weight, name, rank) for name, weight in weights.items()}
+        save_file(kept, copy / "model.safetensors")
+        assert sum(bool(weight.isnan().any()) for weight in kept.values()) > len(kept) / 2
+    case = Case(str(tmp_path / "rank {rank}"), SETTINGS, [GREEDY])
+    (outcome,) = run_ranks(2, "pipeline_programs:run_cases", [case], 2)[0]
+    assert outcome.tokens == [alone("qwen2", GREEDY)]
+
+
+def test_shared_layers_in_graphs(paths, alone):
+    """One for each slot, let go of before the groups end: NCCL would wait for that for ever."""
+    case = Case(paths["llama-3.2"], SETTINGS, [SAMPLED])
+    first, *others = run_ranks(4, "pipeline_programs:run_in_graphs", case, 2)
+    assert first[0] == alone("llama-3.2", SAMPLED)
+    for _, num_recorded, recorded in (first, *others):
+        assert num_recorded == SETTINGS["in_flight"]
+        assert recorded == [True] * num_recorded + [False] * num_recorded
 
 
 def test_layers_that_cannot_be_shared_raise_on_every_rank(paths):
