@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_graphs import pretend_to_capture
 
 import fastshard
 from helpers import CUDA_ONLY
@@ -53,15 +54,26 @@ def test_python_runs(capsys):
 
 @CUDA_ONLY
 def test_python_for_a_gpu_runs(device):
-    (block,) = code("python", "GPU")
     names = {}
-    exec(compile(block, "docs/guide.md", "exec"), names)
+    for block in code("python", "GPU"):
+        exec(compile(block, "docs/guide.md", "exec"), names)
     assert names["step"].slots.item() == names["tokens"].shape[1] + 10
+
+
+def test_prompts_from_graphs_run(monkeypatch, capsys):
+    """On the CPU, whose graphs are recordings."""
+    graphs = pretend_to_capture(monkeypatch)
+    prompts, _ = code("python", "GPU")
+    names = {}
+    exec(prompts.replace('"cuda"', '"cpu"'), names)
+    assert names["model"].prompt_graphs.lengths == [32, 128, 512]
+    assert len(graphs) == 1 + 3  # the prompts fit into 32 tokens; and each text's steps
+    assert len(capsys.readouterr().out) > 20
 
 
 def test_python_for_a_gpu_counts_right():
     """On the CPU, each replay a call: the same tokens as ``generate_batch``."""
-    (block,) = code("python", "GPU")
+    _, block = code("python", "GPU")
     block = block.replace('"cuda"', '"cpu"')
     call = "logits = decoder(token, step=step, num_logits=1)"
     before, rest = block.split("side = ")
