@@ -15,6 +15,7 @@ BENCHMARKS = (
     "start",
     "load",
     "adapters",
+    "ranks",
 )
 COMMANDS = ("bench compare", "bench plot")
 """Commands whose names are two words."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 
 def write_checkpoint(path: Path, config: Mapping) -> None:
@@ -28,16 +29,20 @@ def write_checkpoint(path: Path, config: Mapping) -> None:
     for name in ["model.embed_tokens.weight", *heads]:
         ends[name] = (vocab_size, hidden_size)
     largest = max(math.prod(shape) for file in [*files, ends] for shape in file.values())
-    values = torch.rand(largest, dtype=torch.bfloat16)  # every tensor begins with the same ones
+    values = torch.randn(largest, dtype=torch.bfloat16)  # every tensor begins with the same ones
     weight_map = {}
     for i, file in enumerate([*files, ends]):
         name = f"model-{i:05d}.safetensors"
         weight_map |= dict.fromkeys(file, name)
-        tensors = {
-            key: values[: math.prod(shape)].clone().view(shape) for key, shape in file.items()
-        }
+        tensors = {key: _scaled(values, shape) for key, shape in file.items()}
         save_file(tensors, path / name)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _scaled(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A matrix whose outputs are as large as its inputs, or a vector of values about 1."""
+    values = values[: math.prod(shape)].view(shape)
+    return values * shape[-1] ** -0.5 if len(shape) == 2 else 1 + values / 8
 
 
 def layer_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:

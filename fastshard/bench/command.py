@@ -19,6 +19,7 @@ from fastshard.bench import (
     norm,
     plot,
     prefill,
+    ranks,
     report,
     start,
 )
@@ -37,7 +38,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Problem]]] = {
     "prefill": prefill.problems,
     "decode": decode.problems,
 }
-PROCESSES = {"start": start, "load": load, "adapters": adapters}
+PROCESSES = {"start": start, "load": load, "adapters": adapters, "ranks": ranks}
 """Benchmarks that measure processes of their own."""
 NAMES = (*BENCHMARKS, *PROCESSES)
 """In the order in which they run."""

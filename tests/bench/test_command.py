@@ -33,8 +33,8 @@ def no_gpu(monkeypatch):
     [
         (
             ["prefil"],
-            "one of attention, linear, mlp, norm, prefill, decode, start, load, adapters, all, "
-            "got 'prefil'",
+            "one of attention, linear, mlp, norm, prefill, decode, start, load, adapters, ranks, "
+            "all, got 'prefil'",
         ),
         (
             ["--vs", "eager,jax"],
