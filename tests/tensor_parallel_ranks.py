@@ -80,10 +80,10 @@ def in_a_graph(path: Path, ranks: TensorParallel) -> tuple[list[list[int]], int]
     return rows, len(made)
 
 
-def share_one_gpu(folder: Path) -> None:
-    """Save what one of two ranks on one GPU, which talk by gloo, gives of each family."""
+def share_on_gpus(folder: Path, device: str) -> None:
+    """Save what one of two ranks on ``device``, their one GPU or each its own, gives of families."""
     results = {}
-    with join_world(tp=2, device="cuda:0") as world:
+    with join_world(tp=2, device=device) as world:
         for family in FAMILIES:
             for dtype in (torch.float16, torch.bfloat16):
                 model = fastshard.load(

@@ -1,4 +1,4 @@
-"""Slots on a GPU: graphs, static buffers, late reads; and two ranks that share one GPU.
+"""Slots on a GPU: graphs, static buffers, late reads; and two ranks, on one GPU or on two.
 
 NCCL refuses two ranks on one GPU: they talk by gloo, by way of the host. What is compared runs the
 same kernels over caches of the same size, so that the tokens are equal and not just likely so.
@@ -16,7 +16,7 @@ from fastshard.dist import Sent, World
 from fastshard.pipeline.engine import Engine
 from fastshard.pipeline.rank import PipelineRank
 from fastshard.sampling import Sampling
-from helpers import CUDA_ONLY
+from helpers import CUDA_ONLY, TWO_PLACES, check_place
 
 MODES = pytest.mark.parametrize("mode", ["persistent", "graph", "eager"])
 PROMPTS = ((40, 41, 42, 43, 44), (7,), (9, 8, 7, 6, 5, 4, 3), (11, 12), (13,))
@@ -107,9 +107,11 @@ def test_an_end_token_wastes_at_most_one_step(device, mode, path):
     assert engine._rank.num_done - before == least + 2 * num_ended
 
 
+@TWO_PLACES
 @CUDA_ONLY
-def test_two_ranks_on_one_gpu(device, path):
+def test_two_ranks(device, place, path):
     """Every step is a replay, on both; the hidden states are bfloat16."""
+    check_place(place)
     models = [load(path, device, 0, 0), load(path, device, 1, 2)]
     modes = {"persistent": (True, True), "graph": (False, True), "eager": (False, False)}
     settings = SIZE | {"dtype": torch.bfloat16, "layers": (range(0, 1), range(1, 3))}
@@ -118,7 +120,7 @@ def test_two_ranks_on_one_gpu(device, path):
         for mode in modes
         for in_flight in (1, 4)
     ]
-    outcomes = run_ranks(2, "pipeline_programs:run_cases", cases, 1, "cuda:0")[0]
+    outcomes = run_ranks(2, "pipeline_programs:run_cases", cases, 1, place)[0]
     for case, outcome in zip(cases, outcomes, strict=True):
         mode = case.settings["mode"]
         expected = run(new_engine(models, device, mode, in_flight=2), REQUESTS)
