@@ -81,7 +81,7 @@ def in_a_graph(path: Path, ranks: TensorParallel) -> tuple[list[list[int]], int]
 
 
 def share_on_gpus(folder: Path, device: str) -> None:
-    """Save what one of two ranks on ``device``, their one GPU or each its own, gives of families."""
+    """Save what one of two ranks gives of each family; ``cuda`` is a GPU of its own for each."""
     results = {}
     with join_world(tp=2, device=device) as world:
         for family in FAMILIES:
