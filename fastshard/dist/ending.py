@@ -5,12 +5,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch.distributed as dist
 
 from fastshard.dist.rank_record import RankRecord
 from fastshard.dist.verdict import Verdict
+from fastshard.environment import launcher_error_file
 
 _POLL_SECONDS = 0.02
 _SPEAK_SECONDS = 1.0  # for the first rank of a launcher to say it
@@ -75,9 +75,9 @@ def kill(record: RankRecord) -> None:
 
 def tell_launcher(verdict: Verdict) -> None:
     """Write the cause where torchrun looks for it, so that its own report shows it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        Path(path).write_text(json.dumps({"message": str(verdict), "timestamp": int(time.time())}))
+    path = launcher_error_file()
+    if path is not None:
+        path.write_text(json.dumps({"message": str(verdict), "timestamp": int(time.time())}))
 
 
 def _deaf(store: dist.Store, ranks: Sequence[RankRecord]) -> list[RankRecord]:

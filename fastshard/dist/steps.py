@@ -1,5 +1,6 @@
 """Steps: what this rank is at, told by its work as it goes, read by the thread that watches."""
 
+import os
 import sys
 import threading
 from collections import deque
@@ -7,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from fastshard.dist.rank_record import RankRecord
+from fastshard.dist.rank_record import Process, RankRecord
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -24,21 +25,26 @@ class Steps:
     All methods but ``snapshot`` are the work's; none of them waits or reads a clock.
 
     Args:
-        record: The rank before it begins.
+        record: The rank before it begins; None for a process that nobody watches.
 
     Attributes:
         awaits: Set while this rank waits for what the last rank computes.
     """
 
-    def __init__(self, record: RankRecord):
+    def __init__(self, record: RankRecord | None = None):
         self.awaits = False
-        self._record = record
+        self._record = record or RankRecord(0, Process.of(os.getpid()), os.getppid())
         self._issued = self._finished = self._moves = 0
         self._events: deque[Event] = deque()
         self._lock = threading.Lock()
         self._worker = threading.get_ident()
         self._beat = 0
         self._seen_moves, self._moved = -1, 0.0
+
+    @property
+    def layers(self) -> str:
+        """Like "8-11"; empty until ``hold``."""
+        return self._record.layers
 
     def hold(self, layers: range) -> None:
         """Say which layers this rank holds."""
