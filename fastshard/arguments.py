@@ -88,6 +88,14 @@ def seconds(text: str) -> float:
     return value
 
 
+@argument("a time of at least 5s, like 90s or 5m")
+def timeout(text: str) -> float:
+    value = seconds(text)
+    if value < 5:
+        raise ValueError
+    return value
+
+
 @argument("ranges of layers with both ends, like 0-3,4-7")
 def layers(text: str) -> list[range]:
     parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in text.split(",")]
