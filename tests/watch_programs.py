@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -134,9 +135,16 @@ def busy_in_python():
             store.set("tidy", "1")
 
 
-def serve_store(port_file):
+def keep_store(port_file):
     """A launcher that only keeps the store."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with open(port_file, "w") as file:
-        file.write(str(store.port))
+    Path(port_file).write_text(str(store.port))
+    torchrun_store().set("kept", "1")
+    wait_forever()
+
+
+def launch(how):
+    """A launcher of one rank, whom it outlives or not."""
+    if os.fork() == 0:
+        fail(how, [])
     wait_forever()

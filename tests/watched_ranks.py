@@ -1,6 +1,7 @@
 """Ranks that a ``Watch`` ends, in processes of their own: their exit codes, and what they wrote."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import sys
@@ -22,12 +23,22 @@ class WatchedRanks:
         processes: One a rank.
     """
 
-    def __init__(self, path, size: int, function: str, *arguments: Any, port: int = 0):
+    def __init__(
+        self,
+        path,
+        size: int,
+        function: str,
+        *arguments: Any,
+        port: int = 0,
+        rank_0_keeps_store: bool = False,
+    ):
         self.size = size
         self._path = path
-        self.store = None
-        if not port:
-            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        limit = timedelta(seconds=LIMIT)
+        if not rank_0_keeps_store:
+            self.store = dist.TCPStore(
+                "127.0.0.1", port, is_master=not port, wait_for_workers=False, timeout=limit
+            )
         self.processes = []
         for rank in range(size):
             environment = {
@@ -36,7 +47,7 @@ class WatchedRanks:
                 "LOCAL_RANK": rank,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port or self.store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": not port,
+                "TORCHELASTIC_USE_AGENT_STORE": not rank_0_keeps_store,
             }
             error_path = str(path / f"stderr{rank}")
             process = _CONTEXT.Process(
@@ -44,6 +55,8 @@ class WatchedRanks:
             )
             process.start()
             self.processes.append(process)
+        if rank_0_keeps_store:
+            self.store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
 
     def __enter__(self) -> "WatchedRanks":
         return self
@@ -56,6 +69,17 @@ class WatchedRanks:
     def wait_for(self, *keys: str) -> None:
         """Until the ranks have set these."""
         self.store.wait(list(keys), timedelta(seconds=LIMIT))
+
+    def wait_for_beats(self, num_beats: int = 2) -> None:
+        """Until each rank has read what was in the store before this call."""
+        beats = [self.record(rank)["beat"] for rank in range(self.size)]
+        for rank, beat in enumerate(beats):
+            while self.record(rank)["beat"] < beat + num_beats:
+                pass
+
+    def record(self, rank: int) -> dict[str, Any]:
+        """What the rank says of itself."""
+        return json.loads(self.store.get(f"fastshard watch 0/rank {rank}"))
 
     def exit_codes(self, num_ranks: int | None = None) -> list[int]:
         """Of all ranks, or the first ones, when they have ended."""
@@ -73,6 +97,12 @@ class WatchedRanks:
     def message(self) -> str:
         """The only thing that any rank wrote."""
         (message,) = [text for text in self.errors() if text]
+        return message
+
+    def message_among_others(self) -> str:
+        """The only line of fastshard, beside what torch says of a lost store."""
+        lines = "".join(self.errors()).splitlines()
+        (message,) = [line for line in lines if "fastshard: " in line]
         return message
 
 

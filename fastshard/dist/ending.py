@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -45,13 +46,24 @@ def end_together(
         _wait(lambda: not _deaf(store, others), _HEAR_SECONDS)
         for record in _deaf(store, others):
             kill(record)
-    except dist.DistError:  # the store has ended with its host: each machine is on its own
-        if is_first:
-            if not said:
-                say(verdict)
-            _wait(lambda: all(r.process.is_gone() for r in _near(me, others)), _HEAR_SECONDS)
-            for record in others:
-                kill(record)
+    except dist.DistError:  # the store has ended with its host
+        end_without_store(me, ranks, replace(verdict, is_quiet=said))
+
+
+def end_without_store(me: RankRecord, ranks: Sequence[RankRecord], verdict: Verdict) -> None:
+    """As ``end_together``, where each launcher's ranks are on their own.
+
+    All must find by themselves that the run ends. The first of them stays until the others are
+    gone: while it is there, they know that they are not the first.
+    """
+    if not is_first_here(me, ranks):
+        return
+    if not verdict.is_quiet:
+        say(verdict)
+    others = [record for record in _near(me, ranks) if record.rank != me.rank]
+    _wait(lambda: all(record.process.is_gone() for record in others), _HEAR_SECONDS)
+    for record in others:
+        kill(record)
 
 
 def is_first_here(me: RankRecord, ranks: Sequence[RankRecord]) -> bool:

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from fastshard.dist.causes import count_oom_kills, describe, is_expected, is_lost_connection
-from fastshard.dist.ending import end_together, is_first_here, say, tell_launcher
+from fastshard.dist.ending import end_together, end_without_store, tell_launcher
 from fastshard.dist.rank_record import Process, RankRecord
 from fastshard.dist.signals import Signals
 from fastshard.dist.steps import Steps
@@ -245,18 +245,16 @@ class Watch:
             if num_beats != self._num_beats:
                 num_beats, last = self._num_beats, now
             hurries = bool(self._signals.seen) or self._verdict is not None
-            if now - last >= (2 * _ENDING_SECONDS if hurries else self._limit):
+            if now - last >= (_ENDING_SECONDS if hurries else self._limit):
                 self._give_up(now - last)
 
     def _give_up(self, seconds: float) -> None:
         """End this process without the store."""
-        ranks = list(self._pulses.records.values())
         verdict = self._verdict or self._of_own_end()
         if verdict is None:
             cause = f"the store of the run has not answered for {seconds:.0f} s"
             verdict = self._of_me(cause)
-            if is_first_here(self._me, ranks):
-                say(verdict)
+            end_without_store(self._me, list(self._pulses.records.values()), verdict)
         os._exit(verdict.status)
 
 

@@ -159,6 +159,19 @@ def test_without_a_store_the_first_speaks_and_ends_the_rest(ranks, children, wai
     assert capfd.readouterr().err == ""
 
 
+def test_what_was_said_is_not_said_again_when_the_store_goes(ranks, waits, capfd, monkeypatch):
+    store = dist.HashStore()
+    hear(store, 1, 2)
+
+    def check(store, ranks):
+        raise dist.DistNetworkError("Broken pipe")
+
+    monkeypatch.setattr(ending, "_deaf", check)
+    monkeypatch.setattr(ending, "_wait", lambda is_done, seconds: is_done())
+    end_together(store, ranks[0], ranks, VERDICT)
+    assert capfd.readouterr().err == SAID
+
+
 def test_the_launcher_is_told(tmp_path, monkeypatch):
     """In the format of torch.distributed.elastic's error files."""
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

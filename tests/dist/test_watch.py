@@ -2,10 +2,14 @@
 
 import os
 import re
+import select
 import signal
+import socket
 
 import pytest
-from watched_ranks import WatchedRanks
+from watched_ranks import LIMIT, WatchedRanks
+
+from fastshard.dist import watch
 
 
 @pytest.fixture
@@ -14,7 +18,9 @@ def run(tmp_path):
     started = []
 
     def run(*arguments, **settings):
-        started.append(WatchedRanks(tmp_path, *arguments, **settings))
+        path = tmp_path / str(len(started))
+        path.mkdir()
+        started.append(WatchedRanks(path, *arguments, **settings))
         return started[-1]
 
     yield run
@@ -86,8 +92,7 @@ def test_the_dead_is_to_blame_and_not_its_neighbours(run, rank):
     codes = ranks.exit_codes()
     assert codes.pop(rank) == -signal.SIGKILL
     assert codes == [1, 1]
-    lines = [line for line in "".join(ranks.errors()).splitlines() if "fastshard: error" in line]
-    (line,) = lines
+    line = ranks.message_among_others()
     assert line.startswith(f"fastshard: error: rank {rank} (layers {2 * rank}-{2 * rank + 1}): its")
     assert line.endswith(" died without a word: killed, or it crashed")
 
@@ -154,3 +159,88 @@ def test_a_rank_in_python_tidies_up_before_it_ends(run):
     assert ranks.exit_codes() == [1, 1]
     assert ranks.store.check(["tidy"])
     assert ranks.message() == "fastshard: error: rank 1: no such thing\n"
+
+
+@pytest.fixture
+def keeper(run, tmp_path):
+    """A process that keeps the store of other ranks, and its port."""
+    path = tmp_path / "port"
+    keeper = run(1, "keep_store", str(path))
+    keeper.wait_for("kept")
+    return keeper.processes[0], int(path.read_text())
+
+
+def test_without_their_store_the_ranks_end(run, keeper):
+    process, port = keeper
+    ranks = run(2, "fail", "nothing", [], port=port)
+    ranks.wait_for("ready 0", "ready 1")
+    process.kill()
+    assert ranks.exit_codes() == [1, 1]
+    message = ranks.message_among_others()
+    assert message.startswith(
+        "fastshard: error: rank 0 (layers 0-1): the store of the run has gone"
+    )
+
+
+def test_ranks_whose_store_hangs_end(run, keeper):
+    process, port = keeper
+    ranks = run(2, "fail", "nothing", [], 6, port=port)
+    ranks.wait_for("ready 0", "ready 1")
+    os.kill(process.pid, signal.SIGSTOP)
+    assert ranks.exit_codes() == [1, 1]
+    assert ranks.message() == (
+        "fastshard: error: rank 0 (layers 0-1): the store of the run has not answered for 3 s\n"
+    )
+
+
+def test_ranks_whose_store_hangs_can_be_interrupted(run, keeper):
+    process, port = keeper
+    ranks = run(2, "fail", "nothing", [], port=port)
+    ranks.wait_for("ready 0", "ready 1")
+    os.kill(process.pid, signal.SIGSTOP)
+    for rank in ranks.processes:
+        os.kill(rank.pid, signal.SIGINT)
+    assert ranks.exit_codes() == [130, 130]
+    assert ranks.errors() == [""] * 2
+
+
+def test_a_rank_that_takes_the_store_with_it_is_named(run):
+    """As where no launcher keeps it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = run(3, "fail", "nothing", [], port=port, rank_0_keeps_store=True)
+    ranks.wait_for("ready 0", "ready 1", "ready 2")
+    ranks.wait_for_beats()
+    ranks.processes[0].kill()
+    assert ranks.exit_codes() == [-signal.SIGKILL, 1, 1]
+    assert re.fullmatch(
+        r"fastshard: error: rank 0 \(layers 0-1\): its process \(pid \d+ on \S+\) died without a "
+        "word: killed, or it crashed",
+        ranks.message_among_others(),
+    )
+
+
+def test_a_rank_outlives_no_launcher(run):
+    launcher = run(1, "launch", "nothing")
+    launcher.wait_for("ready 0")
+    record = launcher.record(0)
+    end = os.pidfd_open(record["process"]["pid"])
+    launcher.processes[0].kill()
+    assert select.select([end], [], [], LIMIT)[0]
+    os.close(end)
+    cause = f"its launcher (pid {record['launcher']}) has ended"
+    assert launcher.message() == f"fastshard: error: rank 0 (layers 0-1): {cause}\n"
+
+
+def test_time_for_which_a_process_is_stopped_does_not_count(monkeypatch):
+    """Else all ranks of a machine that was asleep would blame each other when it wakes."""
+    now = 50.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    clock = watch._LivedTime()
+    now = 51.5
+    assert clock.now() == 1.5
+    now = 1000.0
+    assert clock.now() == 3.5
+    now = 1000.5
+    assert clock.now() == 4.0
