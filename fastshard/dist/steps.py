@@ -29,10 +29,12 @@ class Steps:
 
     Attributes:
         awaits: Set while this rank waits for what the last rank computes.
+        changed: Set where there is something new that the others should read at once.
     """
 
     def __init__(self, record: RankRecord | None = None):
         self.awaits = False
+        self.changed = threading.Event()
         self._record = record or RankRecord(0, Process.of(os.getpid()), os.getppid())
         self._issued = self._finished = self._moves = 0
         self._events: deque[Event] = deque()
@@ -49,6 +51,7 @@ class Steps:
     def hold(self, layers: range) -> None:
         """Say which layers this rank holds."""
         self._record = replace(self._record, layers=f"{layers.start}-{layers.stop - 1}")
+        self.changed.set()
 
     def begin(self, doing: str, *, by_commands: bool = False, is_patient: bool = False) -> None:
         """Begin a phase; every rank begins the same ones in the same order.
@@ -69,6 +72,7 @@ class Steps:
             is_patient=is_patient,
         )
         self._moves += 1
+        self.changed.set()
 
     def advance(self) -> None:
         """Say that the work goes on."""
@@ -92,6 +96,7 @@ class Steps:
     def leave(self) -> None:
         """Say that all is done."""
         self._record = replace(self._record, left=True)
+        self.changed.set()
 
     def snapshot(self, now: float, *, slow_after: float) -> RankRecord:
         """The record of ``now``; another beat than the last.

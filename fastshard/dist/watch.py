@@ -62,7 +62,7 @@ class Watch:
         self._doubted: float | None = None
         self._verdict: Verdict | None = None
         self._num_beats = 0
-        self._wake = threading.Event()
+        self._wake = self.steps.changed
         self._unwound = threading.Event()
         self._over = threading.Event()
         self._signals = Signals()
@@ -91,10 +91,9 @@ class Watch:
             sys.stdout.flush()
         except OSError as unwritten:  # its reader is gone
             self._error = error or unwritten
+        self._unwound.set()
         if self._error is None:
             self.steps.leave()
-        self._unwound.set()
-        self._wake.set()
         self._beats.join()  # where the run failed, the process ends in there
         self._over.set()
         self._signals.wake()

@@ -50,6 +50,22 @@ def test_phases_and_layers(steps):
     assert snapshot(steps, 3.0).left
 
 
+@pytest.mark.parametrize(
+    ("change", "is_news"),
+    [
+        (lambda steps: steps.hold(range(2)), True),
+        (lambda steps: steps.begin("loading"), True),
+        (Steps.leave, True),
+        (Steps.advance, False),
+        (Steps.issue, False),
+        (Steps.finish, False),
+    ],
+)
+def test_news_are_told_at_once_and_commands_now_and_then(steps, change, is_news):
+    change(steps)
+    assert steps.changed.is_set() is is_news
+
+
 def test_commands_are_counted_over_phases(steps):
     steps.begin("generating", by_commands=True)
     for _ in range(3):

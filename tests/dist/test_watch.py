@@ -107,31 +107,31 @@ def test_several_failures_give_one_message(run):
 
 def test_a_rank_that_is_stuck_is_named(run):
     """Rank 0 gave a command and hangs in it; the others have nothing to do yet."""
-    ranks = run(3, "fail", "stuck", [0], 4)
+    ranks = run(3, "fail", "stuck", [0], 10)
     assert ranks.exit_codes() == [1, 1, 1]
     assert re.fullmatch(
-        r"fastshard: error: rank 0 \(layers 0-1\): no progress for 2 s while generating, "
+        r"fastshard: error: rank 0 \(layers 0-1\): no progress for 5 s while generating, "
         r"0 of 1 commands finished, at watch_programs\.py:\d+ in wait_forever\n",
         ranks.message(),
     )
 
 
 def test_a_stopped_rank_is_named_and_killed(run):
-    ranks = run(3, "fail", "stop", [], 4)
+    ranks = run(3, "fail", "stop", [], 10)
     ranks.wait_for("ready 0", "ready 1", "ready 2")
     os.kill(ranks.processes[0].pid, signal.SIGSTOP)
     assert ranks.exit_codes() == [-signal.SIGKILL, 1, 1]
     assert re.fullmatch(
-        r"fastshard: error: rank 0 \(layers 0-1\): no sign of life for 2 s while generating "
+        r"fastshard: error: rank 0 \(layers 0-1\): no sign of life for 5 s while generating "
         r"\(pid \d+ on \S+, which is stopped\)\n",
         ranks.message(),
     )
 
 
 def test_a_rank_that_does_not_come_is_named(run):
-    ranks = run(3, "start_late", 2, 4)
+    ranks = run(3, "start_late", 2, 10)
     assert ranks.exit_codes(2) == [1, 1]
-    assert ranks.message() == "fastshard: error: rank 2: did not start within 2 s\n"
+    assert ranks.message() == "fastshard: error: rank 2: did not start within 5 s\n"
 
 
 def test_an_interrupt_of_one_ends_all_quietly(run):
@@ -174,6 +174,7 @@ def test_without_their_store_the_ranks_end(run, keeper):
     process, port = keeper
     ranks = run(2, "fail", "nothing", [], port=port)
     ranks.wait_for("ready 0", "ready 1")
+    ranks.wait_for_beats()
     process.kill()
     assert ranks.exit_codes() == [1, 1]
     message = ranks.message_among_others()
@@ -184,12 +185,13 @@ def test_without_their_store_the_ranks_end(run, keeper):
 
 def test_ranks_whose_store_hangs_end(run, keeper):
     process, port = keeper
-    ranks = run(2, "fail", "nothing", [], 6, port=port)
+    ranks = run(2, "fail", "nothing", [], 10, port=port)
     ranks.wait_for("ready 0", "ready 1")
+    ranks.wait_for_beats()
     os.kill(process.pid, signal.SIGSTOP)
     assert ranks.exit_codes() == [1, 1]
     assert ranks.message() == (
-        "fastshard: error: rank 0 (layers 0-1): the store of the run has not answered for 3 s\n"
+        "fastshard: error: rank 0 (layers 0-1): the store of the run has not answered for 5 s\n"
     )
 
 
@@ -197,6 +199,7 @@ def test_ranks_whose_store_hangs_can_be_interrupted(run, keeper):
     process, port = keeper
     ranks = run(2, "fail", "nothing", [], port=port)
     ranks.wait_for("ready 0", "ready 1")
+    ranks.wait_for_beats()
     os.kill(process.pid, signal.SIGSTOP)
     for rank in ranks.processes:
         os.kill(rank.pid, signal.SIGINT)
