@@ -72,6 +72,18 @@ def fail(how, failing, timeout=300):
         wait_forever()
 
 
+class LostDevice:
+    """An event that its device cannot tell of; first asked for where all is well."""
+
+    is_lost = False
+
+    def query(self):
+        if self.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self.is_lost = True
+        return False
+
+
 def fail_as(how, watch):
     if how == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
@@ -89,6 +101,8 @@ def fail_as(how, watch):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "end":
         os._exit(0)
+    if how == "device":
+        watch.steps.finish(LostDevice())
     if how == "stuck":
         watch.steps.issue()
         wait_forever()

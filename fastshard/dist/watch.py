@@ -70,6 +70,9 @@ class Watch:
         self._guard = threading.Thread(target=self._run_guard, name="fastshard guard", daemon=True)
 
     def __enter__(self) -> "Watch":
+        # Else NCCL, whose groups come later, aborts a rank whose neighbour has died, which would
+        # then be dead as well and say nothing.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         self._signals.catch()
         self._beats.start()
         self._guard.start()
@@ -112,9 +115,10 @@ class Watch:
         except dist.DistError as error:
             if not self._me.left:
                 self._end(self._without_store(error))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
+        except Exception as error:  # what a device says when it is asked, or a mistake in here
+            if not is_expected(error):
+                traceback.print_exc()
+            self._end(self._publish(self._of_me(describe(error))))
 
     def _beat(self, now: float) -> bool:
         """Write, read and judge; False where all ranks have left."""

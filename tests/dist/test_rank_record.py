@@ -67,12 +67,15 @@ def test_another_process_with_the_same_id_is_not_it(child):
 def test_of_another_machine_nothing_is_known(child):
     """Neither that it is gone nor that it lives, even where an id is the same or free here."""
     process = replace(Process.of(child.pid), machine="another", host="there")
+    assert not process.is_here()
+    assert not process.can_act()
+    child.send_signal(signal.SIGSTOP)
+    os.waitpid(child.pid, os.WUNTRACED)
+    assert str(process) == f"pid {child.pid} on there"
     child.kill()
     child.wait()
-    assert not process.is_here()
     assert not process.is_gone()
     assert not process.can_act()
-    assert str(process) == f"pid {child.pid} on there"
 
 
 def test_a_name_with_brackets_and_spaces_is_read_past(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import socket
 
 import pytest
+import torch.distributed as dist
 from watched_ranks import LIMIT, WatchedRanks
 
 from fastshard.dist import watch
@@ -113,6 +114,16 @@ def test_a_rank_that_is_stuck_is_named(run):
         r"fastshard: error: rank 0 \(layers 0-1\): no progress for 5 s while generating, "
         r"0 of 1 commands finished, at watch_programs\.py:\d+ in wait_forever\n",
         ranks.message(),
+    )
+
+
+def test_a_device_that_fails_meanwhile_is_a_cause(run):
+    """Its rank waits, so that only the watch asks it."""
+    ranks = run(2, "fail", "device", [1], 10)
+    assert ranks.exit_codes() == [1, 1]
+    assert ranks.message() == (
+        "fastshard: error: rank 1 (layers 2-3): CUDA error: an illegal memory access was "
+        "encountered\n"
     )
 
 
@@ -247,3 +258,14 @@ def test_time_for_which_a_process_is_stopped_does_not_count(monkeypatch):
     assert clock.now() == 3.5
     now = 1000.5
     assert clock.now() == 4.0
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, "0"), ("1", "1")])
+def test_nccl_leaves_failures_to_the_watch(monkeypatch, value, expected):
+    """Unless the user wants it otherwise."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.setenv(name, value or "")
+    if value is None:
+        monkeypatch.delenv(name)
+    with watch.Watch(dist.HashStore(), 0, 1, timeout=300, period=0.01):
+        assert os.environ[name] == expected
