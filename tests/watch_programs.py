@@ -116,6 +116,27 @@ def start_late(late, timeout):
         wait_forever()
 
 
+def fail_after_a_neighbour():
+    """Rank 1 loses a connection; a while later rank 0, at fault, says why."""
+    rank, _ = rank_and_size()
+    store, watch = watched(300)
+    with watch:
+        hold(watch)
+        wait_until_known(store, rank)
+        if rank == 1:
+            store.set("lost", "1")
+            fail_as("lost", watch)
+        store.wait(["lost"], timedelta(seconds=300))
+        first = beat_of(store, 1)
+        while beat_of(store, 1) < first + 10:
+            pass
+        fail_as("memory", watch)
+
+
+def beat_of(store, rank):
+    return json.loads(store.get(f"fastshard watch 0/rank {rank}"))["beat"]
+
+
 def pass_on(failing):
     """Tensors go round over gloo until a rank is killed; each waits inside of gloo."""
     rank, size = rank_and_size()

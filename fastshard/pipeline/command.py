@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         check_same(store, launched.rank, launched.size, facts)
         watch.steps.begin("connecting")
         world = join_world(tp=args.tp, device=device, store=store)
+        watch.steps.begin("reading the prompts", is_patient=True)  # someone may be typing them
         if world.rank == 0:
             _lead(args, world, checkpoint, watch.steps)
         else:

@@ -98,6 +98,13 @@ def test_the_dead_is_to_blame_and_not_its_neighbours(run, rank):
     assert line.endswith(" died without a word: killed, or it crashed")
 
 
+def test_a_lost_connection_waits_for_a_better_cause(run):
+    ranks = run(2, "fail_after_a_neighbour")
+    assert ranks.exit_codes() == [1, 1]
+    message = "rank 0 (layers 0-1): CUDA out of memory. Tried to allocate 2 GiB."
+    assert ranks.message() == f"fastshard: error: {message}\n"
+
+
 def test_several_failures_give_one_message(run):
     ranks = run(3, "fail", "memory", [0, 1, 2])
     assert ranks.exit_codes() == [1, 1, 1]
