@@ -126,6 +126,18 @@ def test_who_is_dead_or_elsewhere_is_not_killed_nor_the_dead_waited_for(ranks, c
     assert lives(children[2])
 
 
+def test_a_rank_at_fault_elsewhere_is_not_waited_for(ranks, waits):
+    """It may be dead. One on this machine may be stuck, and be killed; any other has to hear."""
+    store = dist.HashStore()
+    hear(store, 1)
+    there = replace(ranks[2], process=replace(ranks[2].process, machine="another"))
+    end_together(store, ranks[0], [*ranks[:2], there], VERDICT)
+    end_together(store, ranks[0], [*ranks[:2], there], replace(VERDICT, rank=1))
+    assert waits == [(2.0, True), (2.0, False)]
+    end_together(store, ranks[0], ranks, VERDICT)
+    assert waits[2] == (2.0, False)
+
+
 def test_all_wait_until_the_last_has_heard(ranks, monkeypatch):
     """With real waits: nobody leaves before all three are here."""
     monkeypatch.setattr(ending, "_HEAR_SECONDS", 60.0)

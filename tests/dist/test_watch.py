@@ -5,12 +5,15 @@ import re
 import select
 import signal
 import socket
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 from watched_ranks import LIMIT, WatchedRanks
 
 from fastshard.dist import watch
+from fastshard.dist.rank_record import Process, RankRecord
+from fastshard.dist.verdict import Verdict
 
 
 @pytest.fixture
@@ -32,12 +35,18 @@ def run(tmp_path):
 def test_all_leave_together_and_silently(run):
     """Nobody is through before the last is."""
     ranks = run(3, "leave", 1)
-    ranks.wait_for(*[f"fastshard watch 0/rank {rank}" for rank in range(3)])
-    assert not any(ranks.store.check([f"through {rank}"]) for rank in range(3))
+    through = [f"through {rank}" for rank in range(3)]
+    for rank in (0, 2):
+        while not (record := ranks.record(rank))["left"]:
+            pass
+        goes_on = record["beat"] + 3
+        while ranks.record(rank)["beat"] < goes_on and not ranks.store.check([through[rank]]):
+            pass
+    assert not any(ranks.store.check([key]) for key in through)
     ranks.store.set("go", "1")
     assert ranks.exit_codes() == [0, 0, 0]
     assert ranks.errors() == [""] * 3
-    ranks.wait_for(*[f"through {rank}" for rank in range(3)])
+    ranks.wait_for(*through)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +261,29 @@ def test_a_rank_outlives_no_launcher(run):
     os.close(end)
     cause = f"its launcher (pid {record['launcher']}) has ended"
     assert launcher.message() == f"fastshard: error: rank 0 (layers 0-1): {cause}\n"
+
+
+@pytest.mark.parametrize(
+    ("left", "verdict", "found"),
+    [
+        (True, None, None),
+        (False, Verdict("out of memory", 1, "2-3"), "rank 1 (layers 2-3): out of memory"),
+        (False, None, "rank 1 (layers 2-3): its process "),
+    ],
+)
+def test_the_last_word_of_a_dead_rank_counts(left, verdict, found):
+    """Also where it came after the records were read."""
+    store = dist.HashStore()
+    own = watch.Watch(store, 0, 2, timeout=300)
+    gone = replace(Process.of(os.getpid()), started=1)
+    record = RankRecord(1, gone, 1, layers="2-3", beat=1)
+    own._listen(0.0)
+    own._pulses.hear([record], 0.0)
+    keys = dist.PrefixStore("fastshard watch 0", store)
+    keys.set("rank 1", replace(record, beat=2, left=left).to_json())
+    if verdict is not None:
+        keys.set("verdict", verdict.to_json())
+    assert str(own._find_verdict(0.0)).startswith(str(found))
 
 
 def test_time_for_which_a_process_is_stopped_does_not_count(monkeypatch):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tiny_checkpoints import SIZES, edit_json, make_reference, write_tokenizer
 
 import fastshard
-from fastshard import cli, generate_command
+from fastshard import arguments, cli, generate_command
 from fastshard.checkpoint import Checkpoint
 from fastshard.environment import LaunchedRank
 from fastshard.pipeline import command
@@ -193,6 +193,15 @@ def test_the_watch_is_told_what_a_rank_is_at(run, monkeypatch):
     # A start, the prompt, a step for each of 4 more tokens, and the end.
     assert watch.num_issued == watch.num_finished == 7
     assert watch.num_moves > 10
+
+
+@pytest.mark.parametrize("text", ["4.9", "4s", "0m", "soon", "inf"])
+def test_a_timeout_too_short_to_end_in_is_refused(run, text):
+    assert arguments.timeout("5") == arguments.timeout("5s") == 5
+    assert arguments.timeout("10m") == 600
+    status, _, err = run("ab", "--timeout", text)
+    assert status == 2
+    assert f"--timeout: must be a time of at least 5s, like 90s or 5m, got '{text}'" in err
 
 
 # From a file, in one process.
