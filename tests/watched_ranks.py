@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -73,9 +74,10 @@ class WatchedRanks:
     def wait_for_beats(self, num_beats: int = 2) -> None:
         """Until each rank has read what was in the store before this call."""
         beats = [self.record(rank)["beat"] for rank in range(self.size)]
+        end = time.monotonic() + LIMIT
         for rank, beat in enumerate(beats):
             while self.record(rank)["beat"] < beat + num_beats:
-                pass
+                assert time.monotonic() < end, f"rank {rank} is silent for {LIMIT} s"
 
     def record(self, rank: int) -> dict[str, Any]:
         """What the rank says of itself."""
