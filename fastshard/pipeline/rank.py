@@ -25,6 +25,7 @@ class PipelineRank:
         context: Tokens of a prompt and what follows it, in each slot.
         chunk_size: Tokens of a prompt at a time.
         steps: Is told of the commands that every rank does.
+        num_done: Commands done, as far as this process has to do with them.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class PipelineRank:
         self.context = context
         self.chunk_size = chunk_size
         self.steps: Steps = steps or Steps()
+        self.num_done: int = 0
         self._forward, self._back = (None, None) if hops is None else hops
         self._device = models[0].device
         self.steps.begin("preparing its graphs")
@@ -107,6 +109,7 @@ class PipelineRank:
             self._pass_on(command.slot, slot.step(), 1, max_on_their_way=self.num_slots)
         elif isinstance(command, Collect):
             self._collect(command.slot)
+        self.num_done += 1
         if not isinstance(command, Collect):
             self.steps.finish(self._event())
 
