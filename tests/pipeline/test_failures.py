@@ -17,7 +17,6 @@ import pytest
 import torch
 from tiny_checkpoints import (
     SIZES,
-    edit_json,
     edit_tensors,
     make_reference,
     write_tokenizer,
@@ -39,7 +38,7 @@ def path(tmp_path_factory):
         patch.setitem(SIZES, "max_position_embeddings", 4096)
         make_reference("llama").save_pretrained(path)
     write_tokenizer(path)
-    edit_json(path / "config.json", eos_token_id=None)
+    (path / "generation_config.json").write_text('{"eos_token_id": []}')  # no text ends early
     return path
 
 
