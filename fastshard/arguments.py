@@ -80,10 +80,22 @@ def gigabytes(text: str) -> list[float]:
     return values
 
 
-@argument("a time like 90s or 5m")
-def seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     value = float(text.rstrip("sm")) * {"m": 60}.get(text[-1:], 1)
     if not 0 <= value < math.inf or text[-2:].isalpha():
+        raise ValueError
+    return value
+
+
+@argument("a time like 90s or 5m")
+def seconds(text: str) -> float:
+    return _parse_seconds(text)
+
+
+@argument("a time of at least 5s, like 90s or 5m")
+def timeout(text: str) -> float:
+    value = _parse_seconds(text)
+    if value < 5:
         raise ValueError
     return value
 

@@ -15,7 +15,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import fastshard
 from fastshard import generate_command, plan_command
-from fastshard.arguments import DTYPES, PLOT_FORMATS, Parser, count, layers, number, seconds, whole
+from fastshard.arguments import (
+    DTYPES,
+    PLOT_FORMATS,
+    Parser,
+    count,
+    layers,
+    number,
+    seconds,
+    timeout,
+    whole,
+)
 from fastshard.bench import arguments as bench_arguments
 from fastshard.completion import SHELLS, script
 from fastshard.decode import MODES
@@ -151,6 +161,13 @@ def _add_generate(commands) -> None:
         type=count,
         metavar="N",
         help="prompts that are generated in turns (default: 1, with torchrun 2 a rank)",
+    )
+    add(
+        "--timeout",
+        type=timeout,
+        metavar="T",
+        default=300.0,
+        help="with torchrun: end a run that hangs within T, like 90s or 10m (default: 5m)",
     )
     add("--device", help="cpu, cuda or cuda:N (default: the GPU, if this build serves one)")
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else the checkpoint's 16 bit")

@@ -21,6 +21,17 @@ def launched_rank() -> LaunchedRank | None:
     return LaunchedRank(*(int(os.environ[name]) for name in names))
 
 
+def launch_attempt() -> int:
+    """How often torchrun has started the ranks again: ``TORCHELASTIC_RESTART_COUNT``."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def launcher_error_file() -> Path | None:
+    """Where torchrun looks for this rank's cause: ``TORCHELASTIC_ERROR_FILE``."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
+
+
 def cache_dir() -> Path:
     """Where measured tables are kept: ``FASTSHARD_CACHE_DIR``, else the user's cache folder."""
     if os.environ.get("FASTSHARD_CACHE_DIR"):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastshard.environment import cache_dir, decode_mode
+from fastshard.environment import cache_dir, decode_mode, launch_attempt, launcher_error_file
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,21 @@ def test_decode_mode(monkeypatch, value, expected):
     if value is not None:
         monkeypatch.setenv("FASTSHARD_DECODE", value)
     assert decode_mode() == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, 0), ("", 0), ("2", 2)])
+def test_launch_attempt(monkeypatch, value, expected):
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", value)
+    assert launch_attempt() == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, None), ("", None), ("/x/error.json", Path("/x/error.json"))]
+)
+def test_launcher_error_file(monkeypatch, value, expected):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", value)
+    assert launcher_error_file() == expected

@@ -63,6 +63,18 @@ class WeightIndex:
         for name in sorted({self.file_names[tensor] for tensor in tensors}):
             self._open(name)
 
+    def describe(self) -> dict[str, str | None]:
+        """Shape, dtype and bytes of every tensor by name, from the headers alone.
+
+        None for a tensor whose file is not local: none is fetched, and each process may hold
+        only the files that it needs.
+        """
+        local = {name for name in set(self.file_names.values()) if self._source.local(name)}
+        return {
+            tensor: str(self._open(name).tensors.get(tensor, "missing")) if name in local else None
+            for tensor, name in sorted(self.file_names.items())
+        }
+
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:
             path = self._source.find(name)

@@ -20,6 +20,10 @@ class Source(Protocol):
         """Local path of the file, fetched where it must be; None where there is none."""
         ...
 
+    def local(self, filename: str) -> Path | None:
+        """Local path of the file where it is here already; nothing is fetched."""
+        ...
+
     def list(self, suffix: str) -> list[str]:
         """Names of the files that end so, sorted; top level only."""
         ...
@@ -41,6 +45,9 @@ class Directory:
     def find(self, filename: str) -> Path | None:
         path = self.path / filename
         return path if path.is_file() else None
+
+    def local(self, filename: str) -> Path | None:
+        return self.find(filename)
 
     def list(self, suffix: str) -> list[str]:
         return sorted(p.name for p in self.path.iterdir() if p.name.endswith(suffix))
@@ -68,6 +75,12 @@ class Hub:
             return None
         except (OSError, ValueError) as error:  # no such repository, no access, no such id
             raise self._unreachable(filename, error) from error
+
+    def local(self, filename: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(self.name, filename)
+        return Path(path) if isinstance(path, str) else None
 
     def list(self, suffix: str) -> list[str]:
         from huggingface_hub import HfApi

@@ -37,6 +37,12 @@ class TensorInfo:
     begin: int = 0
     end: int = 0
 
+    def __str__(self) -> str:
+        if self.dtype is None:
+            return f"{list(self.shape)} of another type, {self.end - self.begin} bytes"
+        num_bytes = math.prod(self.shape) * self.dtype.itemsize
+        return f"{list(self.shape)} {self.dtype}, {num_bytes} bytes"
+
 
 class TensorFile(Protocol):
     """What the loader needs of a file."""

@@ -2,6 +2,7 @@
 
 from fastshard.dist.fit import WORKSPACE_BYTES, check_fit
 from fastshard.dist.hops import Hop, Hops, Sent, connect
+from fastshard.dist.identity import check_same
 from fastshard.dist.partition import (
     RankShare,
     check_cover,
@@ -12,20 +13,27 @@ from fastshard.dist.partition import (
     smallest_largest_share,
     split_that_fits,
 )
+from fastshard.dist.steps import Steps
 from fastshard.dist.tensor_parallel import TensorParallel, TensorParallelDecoder
-from fastshard.dist.world import World, join_world, local_device
+from fastshard.dist.verdict import RunError
+from fastshard.dist.watch import Watch
+from fastshard.dist.world import World, join_world, local_device, torchrun_store
 
 __all__ = [
     "WORKSPACE_BYTES",
     "Hop",
     "Hops",
     "RankShare",
+    "RunError",
     "Sent",
+    "Steps",
     "TensorParallel",
     "TensorParallelDecoder",
+    "Watch",
     "World",
     "check_cover",
     "check_fit",
+    "check_same",
     "check_shares",
     "connect",
     "even_split",
@@ -35,4 +43,5 @@ __all__ = [
     "plan",
     "smallest_largest_share",
     "split_that_fits",
+    "torchrun_store",
 ]

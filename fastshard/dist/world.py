@@ -191,7 +191,7 @@ def join_world(
     *,
     tp: int = 1,
     device: torch.device | str = "cpu",
-    start_timeout: float = 300.0,
+    store: "dist.Store | None" = None,
 ) -> World:
     """Join the processes that torchrun started, by its environment; without it, be alone.
 
@@ -199,7 +199,7 @@ def join_world(
         tp: Ranks that share a stage's layers.
         device: Of this rank, as ``local_device`` takes it. Ranks may share a GPU, which NCCL does
             not allow: they talk by gloo then.
-        start_timeout: Seconds to wait for torchrun's store.
+        store: What ``torchrun_store`` found; None: looked for here.
 
     Raises:
         ValueError: ``tp`` does not divide the number of ranks.
@@ -209,9 +209,18 @@ def join_world(
     launched = launched_rank()
     if launched is None or launched.size == 1:
         return World(tp=tp, device=device)
-    limit = timedelta(seconds=start_timeout)
-    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-    return World(rank, size, tp=tp, device=device, store=store)
+    store = store or torchrun_store()
+    return World(launched.rank, launched.size, tp=tp, device=device, store=store)
+
+
+def torchrun_store(timeout: float = 300.0) -> "dist.Store":
+    """Reach the store that torchrun's ranks share, by its environment.
+
+    Raises:
+        RuntimeError: it is not reached within ``timeout`` seconds.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    return store
 
 
 def local_device(device: torch.device | str) -> torch.device:

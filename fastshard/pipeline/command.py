@@ -8,7 +8,18 @@ import torch
 from fastshard.checkpoint import Checkpoint
 from fastshard.decode import check_mode
 from fastshard.devices import check_device, check_dtype, default_device, default_dtype
-from fastshard.dist import Sent, World, join_world, local_device
+from fastshard.dist import (
+    RunError,
+    Sent,
+    Steps,
+    Watch,
+    World,
+    check_same,
+    join_world,
+    local_device,
+    torchrun_store,
+)
+from fastshard.environment import launched_rank
 from fastshard.generate_command import (
     describe_texts,
     model_name,
@@ -17,27 +28,42 @@ from fastshard.generate_command import (
     text_settings,
     write_texts,
 )
+from fastshard.pipeline.facts import describe_rank
 from fastshard.pipeline.pipeline import Pipeline, Settings
 from fastshard.pipeline.texts import TextRequest, text_requests
 from fastshard.progress import Progress
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the parsed command on this rank; returns its exit status."""
-    if args.shards is not None:
-        raise ValueError(
-            "--shards cuts one process, with torchrun each rank is a shard: leave it out"
-        )
-    device = local_device(args.device or default_device())
-    check_device(device)
-    with join_world(tp=args.tp, device=device) as world:
+    """Run the parsed command on this rank; returns its exit status.
+
+    Where any rank fails, this process ends in here, see ``Watch``.
+    """
+    launched, store = launched_rank(), torchrun_store()
+    with Watch(store, launched.rank, launched.size, timeout=args.timeout) as watch:
+        if args.shards is not None:
+            raise RunError(
+                "--shards cuts one process, with torchrun each rank is a shard: leave it out"
+            )
+        device = local_device(args.device or default_device())
+        check_device(device)
+        watch.steps.begin("opening the checkpoint", is_patient=True)  # it may have to be fetched
         checkpoint = open_checkpoint(args)
+        facts = describe_rank(checkpoint, args)
+        watch.steps.begin("comparing the ranks")
+        check_same(store, launched.rank, launched.size, facts)
+        watch.steps.begin("connecting")
+        world = join_world(tp=args.tp, device=device, store=store)
+        watch.steps.begin("reading the prompts", is_patient=True)  # someone may be typing them
         if world.rank == 0:
-            return _lead(args, world, checkpoint)
-        return 0 if _follow(world, checkpoint) else 1
+            _lead(args, world, checkpoint, watch.steps)
+        else:
+            _follow(world, checkpoint, watch.steps)
+        world.close()
+    return 0
 
 
-def _lead(args: argparse.Namespace, world: World, checkpoint: Checkpoint) -> int:
+def _lead(args: argparse.Namespace, world: World, checkpoint: Checkpoint, steps: Steps) -> None:
     """Rank 0: everything that a user sees."""
     prompts = read_prompts(args)
     requests = text_requests(
@@ -45,25 +71,18 @@ def _lead(args: argparse.Namespace, world: World, checkpoint: Checkpoint) -> int
     )
     settings = _settings(args, world, checkpoint, requests)
     with Progress(f"loading {model_name(args, checkpoint)}") as progress:
-        pipeline = Pipeline(checkpoint, world, settings, report=progress.update)
-    try:
-        texts = pipeline.generate_many(requests)
-        write_texts(texts, prompts, as_lines=args.prompts_file is not None)
-    except BaseException:
-        pipeline.stop(is_failure=True)
-        raise
+        pipeline = Pipeline(checkpoint, world, settings, report=progress.update, steps=steps)
+    texts = pipeline.generate_many(requests)
+    write_texts(texts, prompts, as_lines=args.prompts_file is not None)
     pipeline.stop()
     print(f"{describe_texts(texts)}{_describe_hops(pipeline.hops())}", file=sys.stderr)
-    return 0
 
 
-def _follow(world: World, checkpoint: Checkpoint) -> bool:
-    """Any other rank: silent; returns whether all went well."""
-    pipeline = Pipeline(checkpoint, world)
-    if not pipeline.serve():
-        return False
+def _follow(world: World, checkpoint: Checkpoint, steps: Steps) -> None:
+    """Any other rank: silent."""
+    pipeline = Pipeline(checkpoint, world, steps=steps)
+    pipeline.serve()
     pipeline.hops()
-    return True
 
 
 def _settings(

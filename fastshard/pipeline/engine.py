@@ -71,8 +71,10 @@ class Engine:
         self._running = None
         if not is_failure:
             self._collect_all()
+        self._rank.steps.issue()
         self._channel.send(Stop(is_failure))
         self._channel.finish()
+        self._rank.steps.finish()
 
     def _collect_all(self) -> None:
         """Take what a run that was given up left on its way."""
@@ -99,7 +101,10 @@ class Engine:
             flight.is_launched = False
         takes = reader.num_pending > reader.lag or (reader.num_pending > 0 and not has_collected)
         if takes:
-            flight.take(reader.pop())
+            self._rank.steps.awaits = True
+            token = reader.pop()
+            self._rank.steps.awaits = False
+            flight.take(token)
         if not flight.has_ended and flight.num_to_launch > 0:
             self._launch(flight)
         return takes
@@ -118,6 +123,8 @@ class Engine:
 
     def _do(self, command: Command, tokens: Sequence[int] = ()) -> None:
         # First the others: they can begin when the data is there, whatever happens here.
+        if not isinstance(command, Collect):
+            self._rank.steps.issue()
         self._channel.send(command, tokens)
         self._rank.do(command, tokens)
 
@@ -128,6 +135,7 @@ def serve(rank: PipelineRank) -> Stop:
     while True:
         command, tokens = channel.receive()
         if isinstance(command, Stop):
+            rank.steps.finish()
             return command
         rank.do(command, tokens)
 

@@ -8,7 +8,7 @@ import torch
 from fastshard.checkpoint import Checkpoint
 from fastshard.decode import WholeModel, check_mode, shards_of
 from fastshard.devices import available_bytes
-from fastshard.dist import WORKSPACE_BYTES, Sent, World, connect, partition
+from fastshard.dist import WORKSPACE_BYTES, Sent, Steps, World, connect, partition
 from fastshard.loading import load_shard
 from fastshard.models import Shard
 from fastshard.pipeline.engine import Engine, serve
@@ -71,23 +71,32 @@ class Pipeline:
         settings: Settings | None = None,
         *,
         report: Callable[[int, int], None] | None = None,
+        steps: Steps | None = None,
     ):
         """Load this rank's layers, no byte of the others'; every rank must.
 
         Args:
             settings: Of rank 0; those of other ranks are ignored.
             report: Called while weights are copied, with elements done and elements in all.
+            steps: To be told what this rank is at.
 
         Raises:
             ValueError: the layers do not fit, cannot be shared by the ranks of a stage, or are not
                 one range a stage: on every rank.
         """
         self.world = world
+        steps = steps or Steps()
+        steps.begin("agreeing on the settings")
         self.settings: Settings = world.gather(settings)[0]
+        steps.begin("meeting its neighbours")
         hops = connect(world)
         if world.tensor_parallel is not None:
             world.tensor_parallel.connect(world.device)
+        steps.begin("agreeing on the layers")
         self.shard: Shard = _shards(checkpoint, world, self.settings)[world.rank]
+        steps.hold(self.shard.layers)
+        # Files may have to be fetched first.
+        steps.begin("finding its weights", is_patient=True)
         model = load_shard(
             checkpoint,
             self.shard,
@@ -95,7 +104,7 @@ class Pipeline:
             dtype=self.settings.dtype,
             max_generated_tokens=self.settings.context,
             tensor_parallel=world.tensor_parallel,
-            report=report,
+            report=_report_to(steps, report),
         )
         self._vocab_size = checkpoint.config.vocab_size
         self._rank = PipelineRank(
@@ -106,8 +115,10 @@ class Pipeline:
             context=self.settings.context,
             chunk_size=self.settings.chunk_size,
             mode=self.settings.mode,
+            steps=steps,
         )
         world.at_end(self._rank.drop_graphs)
+        steps.begin("generating", by_commands=True)
         self._engine = Engine(self._rank) if world.rank == 0 else None
 
     def generate_many(self, requests: Sequence[TextRequest]) -> Texts:
@@ -129,6 +140,7 @@ class Pipeline:
             Whether it stopped because all is done.
         """
         stop = serve(self._rank)
+        self._rank.steps.begin("closing")
         if not stop.is_failure:
             self._rank.finish()
         return not stop.is_failure
@@ -136,6 +148,7 @@ class Pipeline:
     def stop(self, *, is_failure: bool = False) -> None:
         """Let the others' ``serve`` return; on rank 0, once."""
         self._engine.stop(is_failure=is_failure)
+        self._rank.steps.begin("closing")
         if not is_failure:
             self._rank.finish()
 
@@ -143,6 +156,24 @@ class Pipeline:
         """What each stage but the last sent to the next; every rank must call it, after the end."""
         sent = self.world.gather(self._rank.sent)
         return [sent[self.world.ranks_of(stage)[0]] for stage in range(self.world.num_stages - 1)]
+
+
+def _report_to(
+    steps: Steps, report: Callable[[int, int], None] | None
+) -> Callable[[int, int], None]:
+    """Counts what is copied as progress, from the first bytes on."""
+    has_begun = False
+
+    def tell(done: int, total: int) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            steps.begin("loading its weights")
+            has_begun = True
+        steps.advance()
+        if report is not None:
+            report(done, total)
+
+    return tell
 
 
 def generate_in_process(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastshard.decode import choose_mode, warn_of_fallback
-from fastshard.dist import Hops, Sent, World
+from fastshard.dist import Hops, Sent, Steps, World
 from fastshard.models import ShardedGeneralModel
 from fastshard.pipeline.commands import Chunk, Collect, Command, Start, Step
 from fastshard.pipeline.slot import Slot
@@ -24,6 +24,7 @@ class PipelineRank:
         num_slots: Requests in flight.
         context: Tokens of a prompt and what follows it, in each slot.
         chunk_size: Tokens of a prompt at a time.
+        steps: Is told of the commands that every rank does.
         num_done: Commands done, as far as this process has to do with them.
     """
 
@@ -37,6 +38,7 @@ class PipelineRank:
         context: int,
         chunk_size: int,
         mode: str,
+        steps: Steps | None = None,
     ):
         """Take all memory, and capture what is captured.
 
@@ -48,14 +50,17 @@ class PipelineRank:
             context: Slots of each request's cache.
             chunk_size: Most tokens of a prompt at a time.
             mode: One of ``decode.MODES``. One that cannot run falls back, with a warning.
+            steps: To be told what this rank is at.
         """
         self.world = world
         self.num_slots = num_slots
         self.context = context
         self.chunk_size = chunk_size
+        self.steps: Steps = steps or Steps()
         self.num_done: int = 0
         self._forward, self._back = (None, None) if hops is None else hops
         self._device = models[0].device
+        self.steps.begin("preparing its graphs")
         chosen, reason = choose_mode(mode, models, 1)
         if reason is not None:
             warn_of_fallback("persistent" if mode == "auto" else mode, chosen, reason)
@@ -105,6 +110,8 @@ class PipelineRank:
         elif isinstance(command, Collect):
             self._collect(command.slot)
         self.num_done += 1
+        if not isinstance(command, Collect):
+            self.steps.finish(self._event())
 
     def newest_token(self, slot: int) -> Tensor:
         """``[1]`` int64: the token that ``Collect`` took last; stays for two more of the slot."""
@@ -147,5 +154,15 @@ class PipelineRank:
         # Not straight into the slot's input: the host may still be reading the token before.
         into = self._arrivals[slot, self._arrival[slot] % _NUM_ARRIVALS]
         self._arrival[slot] += 1
+        self.steps.awaits = True
         self._slots[slot].x.copy_(self._back.receive(into))
+        self.steps.awaits = False
         self._tokens[slot] = into
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Done once a GPU has done what was launched so far."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event

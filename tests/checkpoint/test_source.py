@@ -8,11 +8,13 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import make_reference, write_tokenizer
+from tiny_checkpoints import edit_tensors, make_reference, write_tokenizer
 
 import fastshard
 from fastshard import CheckpointError, Shard
+from fastshard.checkpoint import Checkpoint
 from fastshard.checkpoint.source import Directory, Hub, open_source
+from fastshard.checkpoint.tensor_files import SafetensorsFile
 
 REPO = "someone/tiny"
 
@@ -135,3 +137,33 @@ def test_neither_directory_nor_hub_id_raises(source):
         FileNotFoundError, match="source must be a directory or a hub id like owner/name, got"
     ):
         open_source(source)
+
+
+def test_tensors_are_described_by_what_is_local(repository, monkeypatch):
+    """By headers alone: nothing is fetched for it, and no weight is read."""
+    path, asked = repository
+    checkpoint = Checkpoint(REPO)
+    asked.clear()
+    cached = {"model-1.safetensors": str(path / "model-1.safetensors")}
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda repo, name: cached.get(name)
+    )
+    monkeypatch.setattr(SafetensorsFile, "read_rows", None)
+    of_hub = checkpoint.weights.describe()
+    assert {name for name in asked if name.endswith(".safetensors")} == set(cached)
+    of_directory = Checkpoint(path).weights.describe()
+    middle = {name for name in of_directory if ".layers.1." in name}
+    assert of_hub == {name: of_directory[name] if name in middle else None for name in of_directory}
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert of_directory[name] == "[80, 48] torch.float32, 15360 bytes"
+    edit_tensors(path / "model-1.safetensors", **{name.replace(".", "__"): torch.zeros(3).int()})
+    assert Checkpoint(path).weights.describe()[name] == "[3] of another type, 12 bytes"
+    edit_tensors(path / "model-1.safetensors", **{name.replace(".", "__"): None})
+    assert Checkpoint(path).weights.describe()[name] == "missing"
+
+
+def test_a_file_known_to_be_absent_is_not_local(monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda *_: huggingface_hub._CACHED_NO_EXIST
+    )
+    assert Hub(REPO).local("model.safetensors") is None

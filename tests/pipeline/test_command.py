@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_checkpoints import SIZES, edit_json, make_reference, write_tokenizer
 
 import fastshard
-from fastshard import cli
+from fastshard import arguments, cli, generate_command
 from fastshard.checkpoint import Checkpoint
+from fastshard.environment import LaunchedRank
 from fastshard.pipeline import command
 
 PROMPTS = ["ab", "cdefg", "h", "ij"]
@@ -127,6 +129,79 @@ def test_settings_of_three_ranks(path, monkeypatch, words, lengths, expected):
     world = SimpleNamespace(num_stages=3, device=torch.device("cpu"))
     settings = command._settings(args, world, Checkpoint(path), requests)
     assert vars(settings) | expected == vars(settings)
+
+
+class RecordedWatch:
+    """In place of a ``Watch``: remembers the phases."""
+
+    def __init__(self, store, rank, size, *, timeout):
+        self.steps = self
+        self.phases = []
+        self.timeout = timeout
+        self.num_issued = self.num_finished = self.num_moves = 0
+        RecordedWatch.last = self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def begin(self, doing, **how):
+        self.phases.append((doing, *how))
+
+    def hold(self, layers):
+        self.phases.append(layers)
+
+    def issue(self):
+        self.num_issued += 1
+
+    def finish(self, event=None):
+        self.num_finished += 1
+
+    def advance(self):
+        self.num_moves += 1
+
+
+def test_the_watch_is_told_what_a_rank_is_at(run, monkeypatch):
+    """Phases that may take any time are patient; commands count, and so does what is copied."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(generate_command, "launched_rank", lambda: LaunchedRank(0, 2, 0))
+    monkeypatch.setattr(command, "torchrun_store", dist.HashStore)
+    monkeypatch.setattr(command, "Watch", RecordedWatch)
+    status, out, err = run("ab", "--max-new-tokens", "5", "--timeout", "70s")
+    assert status == 0, err
+    assert out
+    watch = RecordedWatch.last
+    assert watch.timeout == 70.0
+    assert watch.phases == [
+        ("opening the checkpoint", "is_patient"),
+        ("comparing the ranks",),
+        ("connecting",),
+        ("reading the prompts", "is_patient"),
+        ("agreeing on the settings",),
+        ("meeting its neighbours",),
+        ("agreeing on the layers",),
+        range(3),
+        ("finding its weights", "is_patient"),
+        ("loading its weights",),
+        ("preparing its graphs",),
+        ("generating", "by_commands"),
+        ("closing",),
+    ]
+    # A start, the prompt, a step for each of 4 more tokens, and the end.
+    assert watch.num_issued == watch.num_finished == 7
+    assert watch.num_moves > 10
+
+
+@pytest.mark.parametrize("text", ["4.9", "4s", "0m", "soon", "inf"])
+def test_a_timeout_too_short_to_end_in_is_refused(run, text):
+    assert arguments.timeout("5") == arguments.timeout("5s") == 5
+    assert arguments.timeout("10m") == 600
+    status, _, err = run("ab", "--timeout", text)
+    assert status == 2
+    assert f"--timeout: must be a time of at least 5s, like 90s or 5m, got '{text}'" in err
 
 
 # From a file, in one process.

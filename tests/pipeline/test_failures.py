@@ -1,0 +1,201 @@
+"""``torchrun -m fastshard generate`` whose ranks die, hang or raise: message, status, no orphans.
+
+Real launchers and ranks. What happens in the middle of a run happens once text has come.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import (
+    SIZES,
+    edit_tensors,
+    make_reference,
+    write_tokenizer,
+)
+
+from fastshard.dist.rank_record import Process
+
+SLACK = 60  # seconds; for a busy machine
+MARK = "FASTSHARD_TEST_RUN"
+FAULTY_RANK = Path(__file__).parents[1] / "faulty_rank.py"
+DIED = r"its process \(pid \d+ on \S+\) died without a word: killed, or it crashed"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "vocab_size", 258)
+        patch.setitem(SIZES, "max_position_embeddings", 4096)
+        make_reference("llama").save_pretrained(path)
+    write_tokenizer(path)
+    (path / "generation_config.json").write_text('{"eos_token_id": []}')  # no text ends early
+    return path
+
+
+class Run:
+    """A launcher with its ranks."""
+
+    def __init__(self, size, path, *arguments, fault=None):
+        self.mark = uuid.uuid4().hex
+        what = ["-m", "fastshard"] if fault is None else [FAULTY_RANK, *fault]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        generate = ["generate", "--model", path, "--device", "cpu", "--max-new-tokens", "4000"]
+        self.launcher = subprocess.Popen(
+            [sys.executable, *launcher, *what, *generate, *arguments, "ab"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"},
+        )
+        self.begin = time.monotonic()
+
+    def wait_for_text(self):
+        """Until the run is in the middle of its work."""
+        assert self.launcher.stdout.read(1), self.launcher.stderr.read().decode()
+        self.begin = time.monotonic()
+
+    def end(self):
+        """Exit status, the lines of fastshard, stderr; all processes have ended."""
+        _, err = self.launcher.communicate(timeout=600)
+        self.seconds = time.monotonic() - self.begin
+        err = err.decode()
+        # The launcher waits for its ranks: none may be left, not even for a moment.
+        assert self.pids() == {}, err
+        lines = [line for line in err.splitlines() if line.startswith("fastshard: ")]
+        return self.launcher.returncode, lines, err
+
+    def pids(self):
+        """Rank -> process id of what still runs, the launcher being None."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (process / "environ").read_bytes().decode().split("\0")
+            except OSError:  # of another user, or it has just ended
+                continue
+            if f"{MARK}={self.mark}" in words:
+                variables = dict(word.split("=", 1) for word in words if "=" in word)
+                found[int(variables["RANK"]) if "RANK" in variables else None] = int(process.name)
+        return found
+
+    def kill(self):
+        for pid in self.pids().values():
+            os.kill(pid, signal.SIGKILL)
+        self.launcher.communicate()
+
+
+@pytest.fixture
+def run(path):
+    started = []
+
+    def run(size, *arguments, **settings):
+        started.append(Run(size, path, *arguments, **settings))
+        return started[-1]
+
+    yield run
+    for each in started:
+        each.kill()
+
+
+@pytest.mark.parametrize(("rank", "layers"), [(0, "0-0"), (1, "1-1"), (2, "2-2")])
+def test_a_killed_rank_is_named_at_once(run, rank, layers):
+    """Long before the timeout, which is for ranks that hang."""
+    ranks = run(3, "--timeout", "30m")
+    ranks.wait_for_text()
+    pid = ranks.pids()[rank]
+    os.kill(pid, signal.SIGKILL)
+    status, (line,), _ = ranks.end()
+    assert status == 1
+    assert re.fullmatch(rf"fastshard: error: rank {rank} \(layers {layers}\): {DIED}", line)
+    assert f"(pid {pid} on " in line
+    assert ranks.seconds < SLACK
+
+
+def test_a_stopped_rank_ends_the_run_within_the_timeout(run):
+    ranks = run(2, "--timeout", "20s", "--layers", "0,1-2")
+    ranks.wait_for_text()
+    pid = ranks.pids()[1]
+    os.kill(pid, signal.SIGSTOP)
+    status, (line,), _ = ranks.end()
+    assert status == 1
+    assert re.fullmatch(
+        r"fastshard: error: rank 1 \(layers 1-2\): no sign of life for 1\d s while [a-z ]+ "
+        rf"\(pid {pid} on \S+, which is stopped\)",
+        line,
+    )
+    assert ranks.seconds < 20 + SLACK
+
+
+def test_a_stuck_rank_ends_the_run_within_the_timeout(run):
+    ranks = run(3, "--timeout", "20s", fault=("stuck", "1"))
+    ranks.wait_for_text()
+    status, (line,), _ = ranks.end()
+    assert status == 1
+    assert re.fullmatch(
+        r"fastshard: error: rank 1 \(layers 1-1\): no progress for 15 s while generating, "
+        r"\d+ of \d+ commands finished, at \w+\.py:\d+ in \w+",
+        line,
+    )
+    assert ranks.seconds < 20 + SLACK
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("memory-loading", "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        ("memory-running", "cannot allocate 2 GiB"),
+    ],
+)
+def test_a_rank_without_memory_is_named(run, fault, message):
+    ranks = run(2, "--timeout", "30m", "--layers", "0,1-2", fault=(fault, "1"))
+    status, lines, err = ranks.end()
+    assert status == 1
+    assert lines == [f"fastshard: error: rank 1 (layers 1-2): {message}"]
+    # The launcher's report, the last thing on a terminal, has it too.
+    assert f"traceback : rank 1 (layers 1-2): {message}" in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("version", r"fastshard version, got \S+ on rank 0, 0\.0\.1 on rank 1"),
+        (
+            "checkpoint",
+            r"tensor model\.layers\.1\.mlp\.up_proj\.weight, got \[80, 48\] torch\.float32, 15360 "
+            r"bytes on rank 0, \[81, 48\] torch\.float32, 15552 bytes on rank 1",
+        ),
+        ("option", r"option --dtype, got None on rank 0, bfloat16 on rank 1"),
+    ],
+)
+def test_ranks_that_differ_are_refused(run, path, fault, message):
+    if fault == "checkpoint":
+        shutil.copytree(path, f"{path}-changed")
+        changed = {"model__layers__1__mlp__up_proj__weight": torch.zeros(81, 48)}
+        edit_tensors(Path(f"{path}-changed/model.safetensors"), **changed)
+    ranks = run(2, fault=(fault, "1"))
+    status, (line,), _ = ranks.end()
+    assert status == 1
+    assert re.fullmatch(rf"fastshard: error: all ranks must have the same {message}", line)
+
+
+def test_ctrl_c_ends_all_quietly(run):
+    """A terminal interrupts torchrun alone; it passes that on, and says so itself."""
+    ranks = run(2)
+    ranks.wait_for_text()
+    processes = [Process.of(pid) for pid in ranks.pids().values()]
+    assert len(processes) == 3
+    ranks.launcher.send_signal(signal.SIGINT)
+    status, lines, err = ranks.end()
+    assert status != 0
+    assert lines == []
+    assert err.count("Traceback") == err.count("SignalException: Process") == 1
+    assert all(process.is_gone() for process in processes)
+    assert ranks.seconds < SLACK
