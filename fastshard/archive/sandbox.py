@@ -19,6 +19,7 @@ import json
 import os
 import signal
 import site
+import stat
 import subprocess
 import sys
 import tempfile
@@ -235,6 +236,30 @@ def temporary(limits: Limits, parts: Sequence[str], readable: Sequence[Path]) ->
     """A sandbox whose scratch folder is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="fastshard-") as folder:
         yield Sandbox(Path(folder), limits, parts, readable)
+
+
+def take_file(source: Path, target: Path, max_bytes: int) -> None:
+    """Copy what a distrusted process wrote, which may still change it, to where it cannot.
+
+    Raises:
+        ValueError: it is no regular file, like a link to another or a pipe that would block, or is
+            larger.
+    """
+    try:
+        handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise ValueError(f"{source.name} must be a file: {error.strerror}") from None
+    with open(handle, "rb") as file, target.open("wb") as copy:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > max_bytes:
+            raise ValueError(
+                f"{source.name} must be a file of at most {max_bytes} bytes, "
+                f"got {found.st_size} bytes of mode {stat.filemode(found.st_mode)}"
+            )
+        left = found.st_size
+        while left > 0 and (part := file.read(min(left, 2**24))):
+            copy.write(part)
+            left -= len(part)
 
 
 def python_paths() -> set[str]:

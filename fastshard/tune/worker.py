@@ -32,6 +32,10 @@ class WorkerFailed(Exception):
     """The process ended, or was killed since it did not answer."""
 
 
+class WorkerHung(WorkerFailed):
+    """It was killed since it did not answer."""
+
+
 class Worker:
     """Starts the process at the first request, and again after it failed.
 
@@ -86,7 +90,7 @@ class Worker:
             line = self._lines.get(timeout=timeout)
         except queue.Empty:
             self.close()
-            raise WorkerFailed(f"no answer for {timeout:g} s: killed") from None
+            raise WorkerHung(f"no answer for {timeout:g} s: killed") from None
         if line is None:
             raise WorkerFailed(self._end())
         try:

@@ -112,7 +112,7 @@ class Model(nn.Module):
         return fn({call})
 
 
-batch_size = 8
+batch_size = 32
 num_features = 96
 which = {TRICKS.index(trick)}
 
