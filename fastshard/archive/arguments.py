@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from fastshard.arguments import argument, number
+from fastshard.arguments import PLOT_FORMATS, argument, number
 
 LEVELS = ("1", "2", "3")
 OPS = ("batched_matmul", "matmul", "softmax", "rmsnorm", "layernorm", "attention", "mlp")
 SPLITS = ("level_1", "level_2", "level_3")
-COMMANDS = ("archive fetch", "archive list", "archive show")
+COMMANDS = ("archive fetch", "archive list", "archive show", "archive report")
 """Commands whose names are two words."""
 
 
@@ -31,6 +31,7 @@ def add_commands(commands: "argparse._SubParsersAction") -> None:
     _add_fetch(commands)
     _add_list(commands)
     _add_show(commands)
+    _add_report(commands)
 
 
 def add_filters(add) -> None:
@@ -74,6 +75,19 @@ def _add_show(commands) -> None:
     show.add_argument("id", metavar="ID", help="as archive list shows it, or its beginning")
 
 
+def _add_report(commands) -> None:
+    report = commands.add_parser(
+        "archive report",
+        help="put claimed and verified speed-ups beside each other",
+        description="A table of every kernel that was verified on this machine: what was claimed, "
+        "what was found, and why the others were rejected.",
+    )
+    report.set_defaults(run=run_report)
+    add = report.add_argument
+    add("--op", choices=OPS, help="kernels of this kind alone")
+    add("--plot", metavar="FILE", help=f"draw the same, {PLOT_FORMATS}")
+
+
 def run_archive(args: argparse.Namespace) -> int:
     from fastshard.archive import command
 
@@ -97,3 +111,9 @@ def run_show(args: argparse.Namespace) -> int:
     from fastshard.archive import command
 
     return command.show(args.id, say=print)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from fastshard.archive import command
+
+    return command.report(op=args.op, plot_path=args.plot and Path(args.plot), say=print)

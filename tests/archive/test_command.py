@@ -1,10 +1,12 @@
 """The commands that only read, as a user types them."""
 
+import hashlib
+
 import pytest
 
 from archive.parquet_rows import ROW, write_rows
 from fastshard import cli
-from fastshard.archive import catalog
+from fastshard.archive import catalog, verdict
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +72,37 @@ def test_show(run, fetched):
     assert (status, err) == (0, "")
     assert ROW["CUDA_Code"] in out
     assert f"licence      {catalog.LICENCE}\n" in out
+
+
+def keep(identity, name, code=ROW["CUDA_Code"], **values):
+    digest = hashlib.sha256(code.encode()).hexdigest() if code else ""
+    verdict.save(verdict.Verdict(identity, name, code_sha256=digest, **values))
+
+
+def test_verdicts_are_shown(run, fetched):
+    assert "verdicts     none: fastshard archive verify\n" in run()[1]
+    keep("1/36/rms_norm_rows", verdict.WRONG, reason="off by\x1b 2")
+    keep("1/40/rms_norm_rows", verdict.VERIFIED)
+    keep("1/41/not_of_this_archive", verdict.VERIFIED)
+    assert "verdicts     2 verified, 1 wrong\n" in run()[1]
+    lines = run("list")[1].splitlines()
+    assert [line.split()[-1] for line in lines[1:-1]] == ["wrong", "verified"]
+    assert "verdict here wrong: off by\\x1b 2\n" in run("show", "1/36")[1]
+    assert "verdict here verified\n" in run("show", "1/40")[1]
+
+
+def test_a_verdict_of_other_code_is_none(run, fetched):
+    keep("1/36/rms_norm_rows", verdict.VERIFIED, code="earlier code")
+    expected = "verdict here none of this code, only of an earlier one: fastshard archive verify\n"
+    assert expected in run("show", "1/36")[1]
+    keep("1/36/rms_norm_rows", verdict.INCOMPLETE, code="")
+    assert expected in run("show", "1/36")[1]
+
+
+def test_a_verdict_of_no_code(run, tmp_path):
+    run("fetch", "--source", write_rows(tmp_path / "a.parquet", {"CUDA_Code": None}))
+    keep("1/36/rms_norm_rows", verdict.INCOMPLETE, code="", reason="CUDA_Code is null")
+    assert "verdict here incomplete row: CUDA_Code is null\n" in run("show", "1/36")[1]
 
 
 @pytest.mark.parametrize(
