@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from fastshard.arguments import PLOT_FORMATS, argument, number
+from fastshard.arguments import PLOT_FORMATS, argument, number, seconds, whole
 
 LEVELS = ("1", "2", "3")
 OPS = ("batched_matmul", "matmul", "softmax", "rmsnorm", "layernorm", "attention", "mlp")
 SPLITS = ("level_1", "level_2", "level_3")
-COMMANDS = ("archive fetch", "archive list", "archive show", "archive report")
+COMMANDS = ("archive fetch", "archive list", "archive show", "archive verify", "archive report")
 """Commands whose names are two words."""
 
 
@@ -31,6 +31,7 @@ def add_commands(commands: "argparse._SubParsersAction") -> None:
     _add_fetch(commands)
     _add_list(commands)
     _add_show(commands)
+    _add_verify(commands)
     _add_report(commands)
 
 
@@ -88,6 +89,36 @@ def _add_report(commands) -> None:
     add("--plot", metavar="FILE", help=f"draw the same, {PLOT_FORMATS}")
 
 
+def _add_verify(commands) -> None:
+    verify = commands.add_parser(
+        "archive verify",
+        help="compile kernels, hold them to PyTorch, time them",
+        description="Compile and run kernels of the archive, which are foreign native code, each "
+        "in a sandbox, beside the PyTorch code of their rows, and keep a verdict of each. Needs "
+        "a C++ compiler, ninja and, for CUDA code, nvcc and a GPU.",
+    )
+    verify.set_defaults(run=run_verify)
+    add = verify.add_argument
+    add("ids", metavar="ID", nargs="*", help="as archive list shows them, or their beginnings")
+    add_filters(add)
+    add(
+        "--i-trust-this-code",
+        action="store_true",
+        help="compile and run it on this machine; without this nothing is",
+    )
+    add(
+        "--without-network-isolation",
+        action="store_true",
+        help="run it also where the network cannot be taken away from it",
+    )
+    add("--device", help="cpu, cuda or cuda:N (default: the GPU, if there is one)")
+    add("--timeout", type=seconds, metavar="TIME", default=120.0, help="of a call (default: 120s)")
+    add("--memory", type=number, metavar="GB", default=32.0, help="of a process (default: 32)")
+    add("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
+    add("--again", action="store_true", help="also what has a verdict of this code")
+    add("--seed", type=whole, default=0, help="of the inputs (default: 0)")
+
+
 def run_archive(args: argparse.Namespace) -> int:
     from fastshard.archive import command
 
@@ -117,3 +148,23 @@ def run_report(args: argparse.Namespace) -> int:
     from fastshard.archive import command
 
     return command.report(op=args.op, plot_path=args.plot and Path(args.plot), say=print)
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from fastshard.archive import verify_command
+
+    return verify_command.run(
+        args.ids,
+        op=args.op,
+        level=args.level,
+        min_speedup=args.min_speedup,
+        trusts_code=args.i_trust_this_code,
+        without_network_isolation=args.without_network_isolation,
+        device=args.device,
+        timeout=args.timeout,
+        memory_gb=args.memory,
+        compiles=not args.no_compile,
+        again=args.again,
+        seed=args.seed,
+        say=print,
+    )

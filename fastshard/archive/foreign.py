@@ -74,7 +74,11 @@ class Foreign:
         copy = folder / "taken"
         try:
             sandbox.take_file(path, copy, self.box.limits.file_bytes)
-            return trees.load(copy)
+            packed = trees.load(copy)
+            # Strides of 0 would let a small file stand for more than fits into memory.
+            if not all(x.is_contiguous() for x in trees.tensors_of(packed.value())):
+                raise ValueError("a tensor of it is not contiguous")
+            return packed
         except ValueError as error:
             raise Rejected(
                 Reason(verdict.CRASHED, f"its answer was not written: {error}")

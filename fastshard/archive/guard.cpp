@@ -81,7 +81,7 @@ void wait() {}
 
 void note(const Block& block, const char* where, size_t first) {
   if (found[0] == 0) {
-    std::snprintf(found, sizeof found, "byte %zu %s a buffer of %zu bytes", first, where,
+    std::snprintf(found, sizeof found, "byte %zu %s buffer of %zu bytes", first, where,
                   block.bytes);
   }
 }
@@ -90,16 +90,16 @@ void note(const Block& block, const char* where, size_t first) {
 void look_at(const Block& block, bool is_freed) {
   auto before = read(block.base, kGuard);
   for (size_t i = kGuard; i-- > 0;) {
-    if (before[i] != canary()[i]) return note(block, "before", kGuard - i);
+    if (before[i] != canary()[i]) return note(block, "before a", kGuard - i);
   }
   auto after = read(block.base + kGuard + block.bytes, kGuard);
   for (size_t i = 0; i < kGuard; ++i) {
-    if (after[i] != canary()[i]) return note(block, "after", i + 1);
+    if (after[i] != canary()[i]) return note(block, "after a", i + 1);
   }
   if (!is_freed) return;
   auto inside = read(block.base + kGuard, block.bytes);
   for (size_t i = 0; i < block.bytes; ++i) {
-    if (static_cast<unsigned char>(inside[i]) != kFreed) return note(block, "of the freed", i);
+    if (static_cast<unsigned char>(inside[i]) != kFreed) return note(block, "of a freed", i);
   }
 }
 

@@ -68,10 +68,10 @@ def load(path: Path) -> Packed:
             names = list(file.keys())
             packed = Packed(tree, [file.get_tensor(str(i)) for i in range(len(names))])
         packed.value()  # whose shapes must lie within the buffers
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} is no file of arguments: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path.name} is no file of arguments: too deep") from None
+    except RuntimeError as error:  # of strides, and what is too deep
+        raise ValueError(f"{path.name} is no file of arguments: {error}") from None
     return packed
 
 
@@ -128,10 +128,14 @@ def _tree(value: object, buffers: list[Tensor], take: Take) -> object:
 def _value(tree: object, buffers: list[Tensor]) -> object:
     ((kind, content),) = ((k, v) for k, v in tree.items() if k not in ("shape", "strides"))
     if kind == "tensor":
+        if content not in range(len(buffers)):
+            raise ValueError(f"there is no buffer {content}")
         return buffers[content].as_strided(tree["shape"], tree["strides"])
     if kind == "plain":
         return content
     if kind == "dict":
         return {name: _value(each, buffers) for name, each in content.items()}
+    if kind not in ("list", "tuple"):
+        raise ValueError(f"there is no kind {kind!r}")
     made = [_value(each, buffers) for each in content]
     return tuple(made) if kind == "tuple" else made

@@ -47,6 +47,9 @@ class Verifier:
     Args:
         settings: See ``Settings``.
 
+    Attributes:
+        device_name: As verdicts have it.
+
     Raises:
         RuntimeError: there is no compiler.
     """
@@ -58,6 +61,7 @@ class Verifier:
         self._arch = None
         if self._is_cuda:
             self._arch = ".".join(map(str, torch.cuda.get_device_capability(settings.device)))
+        self.device_name = torch.cuda.get_device_name(settings.device) if self._is_cuda else "cpu"
         self._rates: dict[str, float] | None = None
 
     def __call__(self, row: Row) -> Verdict:
@@ -133,7 +137,6 @@ class Verifier:
     def _verdict(
         self, row: Row, reason: Reason | None, times: dict, notes: Sequence[str] = ()
     ) -> Verdict:
-        device = self.settings.device
         code = row.cuda_code or ""
         return Verdict(
             id=row.id,
@@ -141,12 +144,12 @@ class Verifier:
             reason="" if reason is None else reason.text,
             op_name=row.op_name,
             kernel_name=row.kernel_name,
-            code_sha256=code and hashlib.sha256(code.encode(errors="surrogatepass")).hexdigest(),
+            code_sha256=code and hashlib.sha256(code.encode()).hexdigest(),
             claimed={"native": row.speedup_native, "compile": row.speedup_compile},
             times=times,
             notes=tuple(notes),
             environment={
-                "device": torch.cuda.get_device_name(device) if self._is_cuda else "cpu",
+                "device": self.device_name,
                 "torch": torch.__version__,
                 "cuda": torch.version.cuda or "none",
                 "compiler": self._compiler,
