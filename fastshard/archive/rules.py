@@ -23,7 +23,7 @@ LIMIT_NOISE = 0.05
 """Share by which a time may lie below the physical limit."""
 CLOCK_FACTOR = 4.0
 """Times what a process says of its kernel, that a clock outside may see."""
-CLOCK_US = {"cpu": 5.0, "cuda": 50.0}
+CLOCK_US = {"cpu": 5.0, "cuda": 25.0}
 """Microseconds of a call beside the kernel: Python, the launch."""
 
 

@@ -79,7 +79,7 @@ class Verifier:
             if not (text and text.strip())
         ]
         if missing:
-            reason = Reason(verdict.INCOMPLETE, f"{' and '.join(missing)} is null")
+            reason = Reason(verdict.INCOMPLETE, f"{' and '.join(missing)} must not be null")
             return self._verdict(row, reason, {})
         if compile.is_cuda(row.cuda_code) and not self._is_cuda:
             raise RuntimeError(f"{row.id} is CUDA code, which needs nvcc and a GPU")

@@ -1,7 +1,7 @@
 """Rows as the archive has them, of kernels made for tests: a right one, and one for each trick.
 
-The tricks are functions of one source (``kernels/softmax.cpp``, its CUDA twin ``softmax.cu``): one
-build serves all, since builds are kept by the content of their source. ``ENTRIES`` says of each
+The tricks are of one source (``kernels``; in C++, or in CUDA): one build serves all, since builds
+are kept by the content of their source. ``ENTRIES`` says of each
 kernel which verdict it must get, and a pattern of the reason.
 """
 
@@ -59,8 +59,10 @@ TRICKS = (
     "lazy",
     "forks",
     "spoils_free",
+    "early",
+    "faults",
 )
-"""In the order of the enum ``Trick`` of both sources."""
+"""In the order of the enum ``Trick``."""
 SOFTMAX = "torch.softmax(x, dim=1)"
 SUM_OF_SOFTMAX = "torch.softmax(x, dim=1).sum(dim=1)"
 BROKEN = """#include <torch/extension.h>
@@ -126,42 +128,143 @@ def get_init_inputs():
 """
 
 
+AT = r"\[32, 96\]"
+UNWRITTEN = "3072 of 3072 elements are what its memory held before"
 ENTRIES: dict[str, Entry] = {
     "right": Entry(verdict.VERIFIED, ""),
-    "wrong": Entry(verdict.WRONG, "", "wrong"),
-    "unwritten": Entry(verdict.NOT_WRITTEN, "", "unwritten"),
-    "past_the_end": Entry(verdict.OUT_OF_BOUNDS, "", "past_the_end"),
-    "before_the_start": Entry(verdict.OUT_OF_BOUNDS, "", "before_the_start"),
-    "spoils_free": Entry(verdict.OUT_OF_BOUNDS, "", "spoils_free"),
-    "edits_input": Entry(verdict.EDITED_INPUTS, "", "edits_input"),
-    "one_shape": Entry(verdict.ONE_SHAPE, "", "one_shape"),
-    "refuses_shapes": Entry(verdict.ONE_SHAPE, "", "refuses_shapes"),
-    "hangs": Entry(verdict.HUNG, "", "hangs"),
-    "alias": Entry(verdict.SHARED_MEMORY, "", "alias"),
-    "static_output": Entry(verdict.SHARED_MEMORY, "", "static_output"),
-    "caches_by_pointer": Entry(verdict.STALE, "", "caches_by_pointer"),
-    "caches_by_corners": Entry(verdict.STALE, "", "caches_by_corners"),
-    "detects_poison": Entry(verdict.NOT_WRITTEN, "", "detects_poison"),
-    "overflows": Entry(verdict.WRONG, "", "overflows"),
-    "inaccurate": Entry(verdict.INACCURATE, "", "inaccurate"),
-    "crashes": Entry(verdict.CRASHED, "", "crashes"),
-    "hogs_memory": Entry(verdict.TOO_MUCH_MEMORY, "", "hogs_memory"),
-    "late": Entry(verdict.UNORDERED, "", "late"),
-    "patches_torch": Entry(verdict.TOO_FAST, "", "patches_torch"),
-    "ones": Entry(verdict.VACUOUS, "", "ones", SUM_OF_SOFTMAX),
-    "lazy": Entry(verdict.WRONG, "", "lazy"),
+    "wrong": Entry(verdict.WRONG, rf"as published, {AT}: largest error .*", "wrong"),
+    "unwritten": Entry(verdict.NOT_WRITTEN, rf"as published, {AT}: {UNWRITTEN}", "unwritten"),
+    "past_the_end": Entry(
+        verdict.OUT_OF_BOUNDS,
+        rf"as published, {AT}: it wrote to byte 1 after a buffer of 12288 bytes",
+        "past_the_end",
+    ),
+    "before_the_start": Entry(
+        verdict.OUT_OF_BOUNDS,
+        rf"as published, {AT}: it wrote to byte 1 before a buffer of 12288 bytes",
+        "before_the_start",
+    ),
+    "spoils_free": Entry(
+        verdict.OUT_OF_BOUNDS,
+        rf"as published, {AT}: it wrote to byte 0 of a freed buffer of 12288 bytes",
+        "spoils_free",
+    ),
+    "edits_input": Entry(
+        verdict.EDITED_INPUTS,
+        rf"as published, {AT}: tensor 0 of its arguments changed",
+        "edits_input",
+    ),
+    "one_shape": Entry(
+        verdict.ONE_SHAPE, r"as published, \[32, 97\]: wrong: largest error .*", "one_shape"
+    ),
+    "refuses_shapes": Entry(
+        verdict.ONE_SHAPE,
+        r"as published, \[32, 97\]: raised an error: "
+        "RuntimeError: num_features must be 96, got 97.*",
+        "refuses_shapes",
+    ),
+    "hangs": Entry(
+        verdict.HUNG,
+        rf"as published, {AT}: when it was called: no answer for \d+ s: killed",
+        "hangs",
+    ),
+    "alias": Entry(
+        verdict.SHARED_MEMORY,
+        rf"as published, {AT}: its answer lies in tensor 0 of its arguments",
+        "alias",
+    ),
+    "static_output": Entry(
+        verdict.SHARED_MEMORY,
+        rf"another seed, {AT}: two calls returned the same memory",
+        "static_output",
+    ),
+    "caches_by_pointer": Entry(
+        verdict.STALE,
+        rf"another seed, {AT}: the same addresses, other values: an earlier answer came",
+        "caches_by_pointer",
+    ),
+    "caches_by_corners": Entry(
+        verdict.STALE,
+        rf"one element changed, {AT}: the same addresses, other values: an earlier answer came",
+        "caches_by_corners",
+    ),
+    "detects_poison": Entry(
+        verdict.NOT_WRITTEN, rf"another seed, {AT}: {UNWRITTEN}", "detects_poison"
+    ),
+    "overflows": Entry(
+        verdict.WRONG,
+        rf"scaled, {AT}: \d+ of 3072 elements are not finite, or should not be",
+        "overflows",
+    ),
+    "inaccurate": Entry(
+        verdict.INACCURATE, rf"as published, {AT}: (largest|mean) error .*", "inaccurate"
+    ),
+    "crashes": Entry(
+        verdict.CRASHED,
+        rf"as published, {AT}: when it was called: the process ended by signal 11.*",
+        "crashes",
+    ),
+    "hogs_memory": Entry(
+        verdict.TOO_MUCH_MEMORY,
+        rf"as published, {AT}: when it was called: more than .* GiB of resident memory",
+        "hogs_memory",
+    ),
+    "late": Entry(
+        verdict.UNORDERED,
+        rf"as published, {AT}: its answer changed after the stream had passed the call",
+        "late",
+    ),
+    "patches_torch": Entry(
+        verdict.TOO_FAST,
+        "its process says .* us a call, a clock outside .* us",
+        "patches_torch",
+    ),
+    "ones": Entry(
+        verdict.VACUOUS,
+        "6 sets of inputs, seeds and scales apart, have one answer",
+        "ones",
+        SUM_OF_SOFTMAX,
+    ),
+    "lazy": Entry(verdict.WRONG, r"in timed calls: .*", "lazy"),
     "forks": Entry(verdict.VERIFIED, "", "forks"),
-    "does_not_compile": Entry(verdict.NOT_COMPILED, "", code=BROKEN),
-    "dies_when_loaded": Entry(verdict.CRASHED, "", code=DIES_WHEN_LOADED),
-    "reference_fails": Entry(verdict.REFERENCE_FAILED, "", body="torch.softmax(x, dim=7)"),
-    "other_arguments": Entry(verdict.REFUSED, "", call="x, str(self.which)"),
-    "nulls": Entry(verdict.INCOMPLETE, ""),
+    "does_not_compile": Entry(
+        verdict.NOT_COMPILED,
+        r"archive_kernel\.\w+[:(]2.*undeclared.*",
+        code=BROKEN,
+    ),
+    "dies_when_loaded": Entry(
+        verdict.CRASHED,
+        "when it was loaded: the process ended by signal 9",
+        code=DIES_WHEN_LOADED,
+    ),
+    "reference_fails": Entry(
+        verdict.REFERENCE_FAILED,
+        "IndexError: Dimension out of range .*",
+        body="torch.softmax(x, dim=7)",
+    ),
+    "other_arguments": Entry(
+        verdict.REFUSED,
+        rf"as published, {AT}: TypeError: forward\(\): incompatible function arguments.*",
+        call="x, str(self.which)",
+    ),
+    "nulls": Entry(verdict.INCOMPLETE, "CUDA_Code and PyTorch_Code_Functional must not be null"),
+    # Whether the first call meets inputs that are there already is chance, later ones do not.
+    "early": Entry(verdict.WRONG, rf"(as published|another seed), {AT}: .*", "early"),
+    "faults": Entry(
+        verdict.CRASHED, rf"as published, {AT}: .*CUDA error: an illegal memory access.*", "faults"
+    ),
 }
+_GPU_ALONE = ("early", "faults")
+_CPU_ALONE = ("forks",)
+CPU_NAMES = [name for name in ENTRIES if name not in _GPU_ALONE]
+CUDA_NAMES = [name for name in ENTRIES if name not in _CPU_ALONE]
+"""Entries that the source has in CUDA."""
 
 
 def source(language: str) -> str:
     """The kernels in ``cpp`` or ``cu``."""
-    return (KERNELS / f"softmax.{language}").read_text()
+    parts = ("tricks.h", f"softmax.{language}", "forward.cpp")
+    return "\n".join((KERNELS / part).read_text() for part in parts)
 
 
 def row(name: str, language: str = "cpp") -> dict[str, object]:
@@ -184,7 +287,7 @@ def write_parquet(
     import pyarrow
     import pyarrow.parquet
 
-    rows = [row(name, language) for name in (ENTRIES if names is None else names)]
+    rows = [row(name, language) for name in (CPU_NAMES if names is None else names)]
     schema = pyarrow.schema([(name, _type(COLUMNS, name)) for name in COLUMNS])
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)

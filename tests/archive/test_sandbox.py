@@ -47,7 +47,8 @@ def ends(pid: int) -> bool:
 
 @EVERYWHERE
 def test_status_and_output_come_back(tmp_path, parts):
-    ended = run(tmp_path, "import sys; print('out'); print('err', file=sys.stderr); exit(7)")
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
+    ended = run(tmp_path, code, parts=parts)
     assert (ended.status, ended.is_late, ended.overstepped) == (7, False, None)
     assert sorted(ended.output.split()) == ["err", "out"]
 
