@@ -45,6 +45,7 @@ def answer(request: dict) -> Iterator[dict]:
     """Do what a request asks: ``open``, ``call``, ``time`` or ``clock``."""
     torch.set_grad_enabled(False)
     steps = {"open": _open, "call": _call, "time": _time, "clock": _clock}
+    yield {"starts": True}
     try:
         yield from steps[request["do"]](request)
     except Exception as error:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastshard.archive import sandbox
+from fastshard.archive import jail, sandbox
 from fastshard.environment import cache_dir
 from fastshard.files import replace_text
 from fastshard.tune import nvcc
@@ -138,7 +138,8 @@ def _why_not(ended: sandbox.Finished, timeout: float) -> str | None:
         return f"the compiler took {ended.overstepped}"
     if ended.status == 0:
         return None
-    if "sandbox: " in ended.output or "mismatches the version that was used" in ended.output:
+    is_for_another_cuda = re.search(r"^The detected CUDA version \(", ended.output, re.MULTILINE)
+    if ended.status == jail.FAILED or is_for_another_cuda:
         raise RuntimeError(f"the compiler could not be run: {ended.output.strip()[-300:]}")
     lines = [" ".join(line.split()) for line in ended.output.splitlines()]
     errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line)]

@@ -32,7 +32,7 @@ class Foreign:
         self.box = box
         self._process: sandbox.Process | None = None
         self._worker = Worker(target, timeout=timeout, start=self._start)
-        self._taken = 0
+        self._has_started = False
 
     def ask(self, **request) -> dict:
         """All messages of the answer as one.
@@ -101,11 +101,12 @@ class Foreign:
         doing = ""
         try:
             for message in self._worker.ask(request):
+                self._has_started = True
                 doing = _DOING.get(str(message.get("begins")), doing)
                 yield message
         except WorkerFailed as error:
-            if "sandbox: " in str(error):
-                raise RuntimeError(str(error)) from None
+            if not self._has_started:  # and nothing foreign has run that could be at fault
+                raise RuntimeError(f"the sandbox does not start: {error}") from None
             raise Rejected(self._ended(error, doing)) from None
 
     def _ended(self, error: WorkerFailed, doing: str) -> Reason:

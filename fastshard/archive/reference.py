@@ -20,6 +20,7 @@ def answer(request: dict) -> Iterator[dict]:
     """Do what a request asks: ``read``, ``make``, ``solve`` or ``time``."""
     torch.set_grad_enabled(False)
     steps = {"read": _read, "make": _make, "solve": _solve, "time": _time}
+    yield {"starts": True}
     try:
         yield from steps[request["do"]](request)
     except cases.ReferenceFailed as error:

@@ -96,6 +96,8 @@ class Process(subprocess.Popen):
         threading.Thread(target=self._watch, args=(resident_bytes,), daemon=True).start()
 
     def kill(self) -> None:
+        if self.returncode is not None:  # its number may be another's by now
+            return
         for pid in reversed(tree_of(self.pid)):  # the leaves first, else they would be orphans
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -151,7 +153,7 @@ class Sandbox:
             "limits": self.limits.as_resources(),
             "hidden": [path for path in ("/tmp", "/var/tmp", "/run", home) if path != "/"],
             "scratch": ["/tmp", "/var/tmp"],
-            "visible": sorted({*python_paths(), *(str(path.resolve()) for path in self.readable)}),
+            "visible": sorted({*python_paths(), *_both(self.readable)}),
             "writable": [str(scratch)],
         }
         program = [sys.executable, "-I", "-S", jail.__file__, json.dumps(plan), *command]
@@ -235,7 +237,12 @@ def allowed_parts() -> list[str]:
 def temporary(limits: Limits, parts: Sequence[str], readable: Sequence[Path]) -> Iterator[Sandbox]:
     """A sandbox whose scratch folder is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="fastshard-") as folder:
-        yield Sandbox(Path(folder), limits, parts, readable)
+        yield Sandbox(Path(folder).resolve(), limits, parts, readable)
+
+
+def _both(paths: Sequence[Path]) -> set[str]:
+    """Paths as they are named and where they lie: either may be what a process is given."""
+    return {str(path.absolute()) for path in paths} | {str(path.resolve()) for path in paths}
 
 
 def take_file(source: Path, target: Path, max_bytes: int) -> None:
