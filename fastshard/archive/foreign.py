@@ -39,12 +39,14 @@ class Foreign:
 
         Raises:
             Rejected: what it raised, or how the process ended.
-            RuntimeError: the sandbox could not be made.
+            RuntimeError: the sandbox could not be made, or nothing be loaded in it.
         """
         said: dict = {}
         for message in self._messages(request):
             said |= message
             if "failure" in message:
+                if request["do"] == "open" and "begins" not in said:
+                    raise RuntimeError(f"a kernel cannot be loaded here: {message['failure']}")
                 raise Rejected(_failure(str(message["failure"])))
         return said
 

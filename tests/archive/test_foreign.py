@@ -15,6 +15,8 @@ def answer(request):
     if request["do"] == "die":
         print("sandbox: cannot mount", file=sys.stderr, flush=True)
         os._exit(125)
+    if request["do"] == "open":
+        yield {"failure": "OSError: no library"}
     yield {"begins": "call"}
     if request["do"] == "fail":
         yield {"failure": request["text"]}
@@ -73,6 +75,11 @@ def test_what_ran_cannot_play_the_sandbox(process):
     process.ask(do="nothing")
     said = "the process ended with status 125: sandbox: cannot mount"
     assert reason(process, do="die") == (verdict.CRASHED, said)
+
+
+def test_what_fails_before_a_kernel_is_loaded_is_no_reason(process):
+    with pytest.raises(RuntimeError, match=r"^a kernel cannot be loaded here: OSError: no libra"):
+        process.ask(do="open")
 
 
 def test_a_hang_is_a_reason(process):
