@@ -28,7 +28,6 @@ _FLAGS = {"network": _NEWNET, "processes": _NEWPID | _NEWIPC | _NEWNS, "files": 
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
 _AT_RECURSIVE, _MOUNT_SETATTR = 0x8000, 442
 _PDEATHSIG, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS = 1, 24, 36, 38
-_CAPABILITIES_V3 = 0x20080522
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _TMPFS = "size=25%,mode=1777"
 
@@ -46,6 +45,7 @@ def main(plan: dict, command: list[str]) -> int:
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(number, (value, value))
     parts = plan["parts"]
+    _end_with_parent()
     _check(_libc.prctl(_SUBREAPER, 1, 0, 0, 0), "become the parent of orphans")
     if not parts:
         return _run(command, lambda: None)
@@ -58,7 +58,7 @@ def main(plan: dict, command: list[str]) -> int:
     if first == 0:
         status = FAILED
         try:
-            _check(_libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "end with its parent")
+            _end_with_parent()
             status = _run(command, lambda: _prepare(plan))
         except OSError as error:
             _say(error)
@@ -143,11 +143,11 @@ def _mount(
 
 
 def _drop_capabilities() -> None:
-    """Let no mount be undone: the command is nobody in particular, and stays so."""
-    for number in range(64):
-        _libc.prctl(_CAPBSET_DROP, number, 0, 0, 0)  # fails above the last one that there is
-    header = (ctypes.c_uint32 * 2)(_CAPABILITIES_V3, 0)
-    _check(_libc.capset(header, (ctypes.c_uint32 * 6)()), "drop capabilities")
+    """Let no mount be undone: what is executed next has no rights, and gains none."""
+    with open("/proc/sys/kernel/cap_last_cap") as file:
+        last = int(file.read())
+    for number in range(last + 1):  # executing a program gives a user 0 all that is left of these
+        _check(_libc.prctl(_CAPBSET_DROP, number, 0, 0, 0), "drop capabilities")
     _check(_libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), "keep programs from gaining rights")
 
 
@@ -157,6 +157,7 @@ def _run(command: list[str], prepare) -> int:
     if child == 0:
         status = FAILED
         try:
+            _end_with_parent()
             folder = os.getcwd()
             prepare()
             os.chdir(folder)  # as it is mounted by then
@@ -170,6 +171,11 @@ def _run(command: list[str], prepare) -> int:
             break
     _end_descendants()
     return _status(status)
+
+
+def _end_with_parent() -> None:
+    """Be killed when the process dies that started this one, however it dies."""
+    _check(_libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "end with its parent")
 
 
 def _end_descendants() -> None:

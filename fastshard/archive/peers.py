@@ -19,7 +19,9 @@ def ours(kind: str | None, arguments: Sequence[object]) -> Callable[..., object]
     if peer is None:
         return "no op of fastshard computes this alone"
     x = arguments[0]
-    if not isinstance(x, Tensor) or (x.is_cuda and x.dtype == torch.float32):
+    if not isinstance(x, Tensor):
+        return "our op does not take these arguments: the first is no tensor"
+    if x.is_cuda and x.dtype == torch.float32:
         return "our op is for float16 and bfloat16 on a GPU"
     try:
         function = peer(arguments)

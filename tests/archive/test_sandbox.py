@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -82,7 +83,7 @@ def test_files_elsewhere_cannot_be_written_or_seen(tmp_path):
                 return error.strerror
             return "done"
         print(refused(open, {str(Path(__file__))!r}, "r+"))
-        print(refused(os.mkdir, "/etc/made"))
+        print(refused(os.utime, {str(Path(__file__))!r}))
         print(os.path.exists({str(secret)!r}), os.listdir("/run"), os.path.exists("/dev/sda"))
         print(set(os.listdir({str(home)!r})) - {{".pyenv", "{home.name}"}})
         print(refused(open, "/proc/sys/kernel/hostname", "w"))
@@ -194,6 +195,28 @@ def test_what_is_late_is_killed_with_all_it_forked(tmp_path, parts):
     pids = pid_of_daemon(process, 4 if "processes" in parts else 3)
     process.kill()
     assert process.wait(TIMEOUT) == -signal.SIGKILL
+    assert all(ends(pid) for pid in pids)
+
+
+@EVERYWHERE
+def test_nothing_outlives_who_started_it(tmp_path, parts):
+    code = f"""
+        import time
+        from pathlib import Path
+        from fastshard.archive.sandbox import Limits, Sandbox
+        process = Sandbox(Path({str(tmp_path)!r}), Limits(), {parts!r}).start(["sleep", "1000"])
+        print(process.pid, flush=True)
+        time.sleep(1000)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as starter:
+        pid = int(starter.stdout.readline())
+        count = 3 if "processes" in parts else 2
+        deadline = time.monotonic() + TIMEOUT
+        while len(pids := sandbox.tree_of(pid)) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        starter.kill()
+    assert len(pids) == count
     assert all(ends(pid) for pid in pids)
 
 

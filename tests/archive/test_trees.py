@@ -87,9 +87,9 @@ def tensor(shape, strides, number=0):
         tensor([5], [1]),  # more than there is
         tensor([2], [-1]),
         tensor([2], [1], number=1),
-        tensor([2], [1], number=-2),
+        tensor([2], [1], number=-1),
         tensor(["2"], [1]),
-        {"unknown": 1},
+        {"unknown": [{"plain": 1}]},
         {"plain": 1, "more": 2},
         [],
         "text",
