@@ -88,14 +88,14 @@ def _call(request: dict) -> Iterator[dict]:
 
     Args:
         request: ``arguments``; ``is_first`` of a shape, else the arguments are written to where the
-            last ones were; ``poison``, a byte; ``out`` to write; ``is_late``: whether the stream is
-            busy first, so that what does not wait for it reads poison.
+            last ones were; ``poison``, a byte; ``out`` to write.
     """
     content = trees.load(Path(request["arguments"])).buffers
     _kernel.guard.guard_poison(request["poison"])
     packed = _place(request["arguments"], content, request["is_first"])
     fresh = [buffer.to(_kernel.device) for buffer in content]
-    if request["is_late"] and _kernel.device.type == "cuda":
+    if _kernel.device.type == "cuda":
+        # The stream is busy before it writes them: what does not wait for it reads poison.
         for buffer in packed.buffers:
             buffer.view(torch.uint8).fill_(request["poison"])
         wait(_kernel.device)

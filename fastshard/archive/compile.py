@@ -164,19 +164,35 @@ def _path() -> str:
     return os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)])
 
 
+def _cuda_libraries(home: Path, folder: Path) -> list[str]:
+    """Where the linker finds CUDA's runtime: a toolkit of pip has only its versioned name."""
+    folders = [home / name for name in ("lib64", "lib")]
+    for each in folders:
+        if (each / "libcudart.so").exists():
+            return [f"-L{each}"]
+    found = sorted(path for each in folders for path in each.glob("libcudart.so.*"))
+    if not found:
+        return []
+    (folder / "libcudart.so").symlink_to(found[0])
+    return [f"-L{folder}"]
+
+
 def _compile(name: str, source: str, folder: str) -> None:
     from torch.utils import cpp_extension
 
     # `load` imports what it built, which is for another sandbox to do. A PyTorch that has no such
     # function imports it here, where there is nothing to win either.
     cpp_extension._import_module_from_library = lambda *arguments: None
+    cuda = source.endswith(".cu")
+    libraries = _cuda_libraries(Path(os.environ["CUDA_HOME"]), Path(folder)) if cuda else []
     cpp_extension.load(
         name,
         [source],
+        extra_ldflags=libraries,
         extra_cflags=list(FLAGS),
         extra_cuda_cflags=list(FLAGS),
         build_directory=folder,
-        with_cuda=source.endswith(".cu"),
+        with_cuda=cuda,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastshard.archive import sandbox, trees, verdict
+from fastshard.archive.processes import processor_seconds
 from fastshard.archive.rules import Reason
 from fastshard.tune.worker import Worker, WorkerFailed, WorkerHung
 
@@ -50,18 +51,26 @@ class Foreign:
                 raise Rejected(_failure(str(message["failure"])))
         return said
 
-    def seconds(self, **request) -> float:
-        """Between the messages ``begins`` and ``ends`` of the answer, by this process's clock.
+    def seconds(self, *, on_cpu: bool, **request) -> float:
+        """Between the messages ``begins`` and ``ends`` of the answer, as seen from here.
+
+        Args:
+            on_cpu: Whether the processes' own time, as the kernel of the system counts it, is as
+                good where it is less: on a machine that is busy with other things it is.
+            request: As of ``ask``.
 
         Raises:
             Rejected: as of ``ask``, or one of them did not come.
         """
-        times = {}
+        clocks: dict[str, tuple[float, float]] = {}
         for message in self._messages(request):
-            times |= dict.fromkeys(message, time.perf_counter())
-        if not {"begins", "ends"} <= times.keys():
+            if "begins" in message or "ends" in message:
+                used = processor_seconds(self._process.pid)
+                clocks |= dict.fromkeys(message, (time.perf_counter(), used))
+        if not {"begins", "ends"} <= clocks.keys():
             raise Rejected(Reason(verdict.CRASHED, "when it was timed: it sent no end"))
-        return times["ends"] - times["begins"]
+        wall, used = (e - b for b, e in zip(clocks["begins"], clocks["ends"], strict=True))
+        return min(wall, used) if on_cpu else wall
 
     def take(self, path: Path, folder: Path) -> trees.Packed:
         """What it wrote.

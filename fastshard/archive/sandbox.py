@@ -31,6 +31,7 @@ from functools import cache
 from pathlib import Path
 
 from fastshard.archive import jail
+from fastshard.archive.processes import resident, tree_of
 
 GIB = 2**30
 MAX_PROCESSES = 512
@@ -275,25 +276,3 @@ def python_paths() -> set[str]:
     paths |= {str(Path(path).resolve()) for path in paths if path}
     paths |= {str(Path(jail.__file__).resolve().parents[2])}
     return {path for path in paths if path and os.path.isabs(path) and os.path.exists(path)}
-
-
-def tree_of(pid: int) -> list[int]:
-    """A process and all below it, parents first."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        with suppress(OSError, ValueError), open(f"/proc/{name}/stat") as file:
-            parent = int(file.read().rsplit(")", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(name))
-    found = [pid]
-    for one in found:  # grows
-        found += children.get(one, [])
-    return found
-
-
-def resident(pid: int) -> int:
-    """Bytes in memory of a process; 0 when it has ended."""
-    with suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0

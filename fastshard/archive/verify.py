@@ -36,7 +36,7 @@ from fastshard.archive.rules import Reason
 from fastshard.archive.schema import Row
 from fastshard.archive.trial import Seen, Settings, Trial
 from fastshard.archive.verdict import Verdict
-from fastshard.tune.worker import Worker
+from fastshard.tune.worker import Worker, WorkerFailed
 
 _HALF = re.compile(r"\b(__half2?|Half|kHalf|HALF)\b|AND_HALF")
 
@@ -130,8 +130,12 @@ class Verifier:
     def _limits(self) -> dict[str, float]:
         if self._rates is None:
             worker = Worker("fastshard.archive.timing:rates", timeout=300)
-            (self._rates,) = worker.ask({"device": str(self.settings.device)})
-            worker.close()
+            try:
+                (self._rates,) = worker.ask({"device": str(self.settings.device)})
+            except WorkerFailed as error:
+                raise RuntimeError(f"the limits of the device are unknown: {error}") from None
+            finally:
+                worker.close()
         return self._rates
 
     def _verdict(

@@ -99,6 +99,18 @@ def test_cuda_needs_a_torch_for_cuda(monkeypatch):
         compile.build("__global__ void f() {}", parts=PARTS)
 
 
+def test_where_the_runtime_of_cuda_is(tmp_path):
+    home, folder = tmp_path / "home", tmp_path / "folder"
+    (home / "lib").mkdir(parents=True)
+    folder.mkdir()
+    assert compile._cuda_libraries(home, folder) == []
+    (home / "lib" / "libcudart.so.13").write_text("13")
+    assert compile._cuda_libraries(home, folder) == [f"-L{folder}"]
+    assert (folder / "libcudart.so").read_text() == "13"
+    (home / "lib" / "libcudart.so").write_text("any")
+    assert compile._cuda_libraries(home, folder) == [f"-L{home / 'lib'}"]
+
+
 def test_a_sandbox_that_fails_is_no_fault_of_the_code(monkeypatch):
     ended = sandbox.Finished(125, "sandbox: cannot mount", False, None)
     monkeypatch.setattr(sandbox.Sandbox, "run", lambda *a, **k: ended)

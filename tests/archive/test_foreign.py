@@ -25,7 +25,10 @@ def answer(request):
     if request["do"] == "hang":
         time.sleep(1000)
     if request["do"] == "clock":
+        begin = time.process_time()
         time.sleep(0.3)
+        while time.process_time() < begin + request["works"]:
+            pass
         yield {"ends": "clock"}
     yield {"a": 1}
     yield {"b": 2}
@@ -89,9 +92,12 @@ def test_a_hang_is_a_reason(process):
 
 
 def test_seconds_are_those_between_its_messages(process):
-    assert 0.3 <= process.seconds(do="clock") < 60
+    assert 0.3 <= process.seconds(on_cpu=False, do="clock", works=0) < 60
+    # On a CPU, what it waits for others is not its own: time is counted in hundredths.
+    assert process.seconds(on_cpu=True, do="clock", works=0) < 0.2
+    assert 0.38 <= process.seconds(on_cpu=True, do="clock", works=0.4) < 1
     with pytest.raises(Rejected, match=r"^when it was timed: it sent no end$"):
-        process.seconds(do="nothing")
+        process.seconds(on_cpu=False, do="nothing")
 
 
 def test_an_answer_is_taken_once(process, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastshard.archive import jail, sandbox
+from fastshard.archive.processes import tree_of
 from fastshard.archive.sandbox import GIB, Limits, Sandbox, take_file
 
 PARTS = sandbox.allowed_parts()
@@ -170,7 +171,7 @@ DAEMON = """
 def pid_of_daemon(process: sandbox.Process, count: int) -> list[int]:
     """All processes of a sandbox, when there are so many."""
     deadline = time.monotonic() + TIMEOUT
-    while len(pids := sandbox.tree_of(process.pid)) < count and time.monotonic() < deadline:
+    while len(pids := tree_of(process.pid)) < count and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(pids) >= count
     return pids
@@ -203,7 +204,8 @@ def test_nothing_outlives_who_started_it(tmp_path, parts):
     code = f"""
         import time
         from pathlib import Path
-        from fastshard.archive.sandbox import Limits, Sandbox
+        from fastshard.archive.processes import tree_of
+from fastshard.archive.sandbox import Limits, Sandbox
         process = Sandbox(Path({str(tmp_path)!r}), Limits(), {parts!r}).start(["sleep", "1000"])
         print(process.pid, flush=True)
         time.sleep(1000)
@@ -213,7 +215,7 @@ def test_nothing_outlives_who_started_it(tmp_path, parts):
         pid = int(starter.stdout.readline())
         count = 3 if "processes" in parts else 2
         deadline = time.monotonic() + TIMEOUT
-        while len(pids := sandbox.tree_of(pid)) < count and time.monotonic() < deadline:
+        while len(pids := tree_of(pid)) < count and time.monotonic() < deadline:
             time.sleep(0.01)
         starter.kill()
     assert len(pids) == count
