@@ -1,5 +1,5 @@
 """The command line: ``fastshard generate``, ``plan``, ``bench``, ``bench compare``, ``bench plot``,
-``tune``, ``profile``, ``info`` and ``completion``.
+``tune``, ``profile``, ``archive`` and its commands, ``info`` and ``completion``.
 
 Of ``generate`` only the text goes to stdout; progress, figures and errors go to stderr. Exit
 status: 0, 2 where the command line is wrong, 1 for everything else that fails.
@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import fastshard
 from fastshard import generate_command, plan_command
+from fastshard.archive import arguments as archive_arguments
 from fastshard.arguments import (
     DTYPES,
     PLOT_FORMATS,
@@ -82,9 +83,10 @@ def _ranges(args: argparse.Namespace) -> AbstractContextManager:
 
 
 def _as_one_command(arguments: list[str]) -> list[str]:
-    """``bench compare`` and ``bench plot`` are commands whose names are two words."""
+    """Like ``bench compare`` and ``archive list``, some commands have names of two words."""
     name = " ".join(arguments[:2])
-    return [name, *arguments[2:]] if name in bench_arguments.COMMANDS else arguments
+    is_one = name in bench_arguments.COMMANDS or name in archive_arguments.COMMANDS
+    return [name, *arguments[2:]] if is_one else arguments
 
 
 def _show_warning(message: Warning | str, *where) -> None:
@@ -100,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench_arguments.add_commands(commands)
     _add_tune(commands)
     _add_profile(commands)
+    archive_arguments.add_commands(commands)
     info = commands.add_parser("info", help="what is installed, compiled and visible")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.add_argument(

@@ -13,6 +13,12 @@ from fastshard.completion import SHELLS
 
 # A line up to the cursor -> what completes its last word. Files are those of the `files` fixture.
 LINES = {
+    "fastshard ar": {"archive"},
+    "fastshard archive f": {"fetch"},
+    "fastshard archive fetch --source res": {"result.json"},
+    "fastshard archive list --op rm": {"rmsnorm"},
+    "fastshard archive list --level ": {"1", "2", "3"},
+    "fastshard archive show --he": {"--help"},
     "fastshard be": {"bench"},
     "fastshard bench co": {"compare"},
     "fastshard bench mlp com": set(),

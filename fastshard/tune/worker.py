@@ -10,8 +10,9 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 
 START_TIMEOUT = 120.0
@@ -19,11 +20,20 @@ START_TIMEOUT = 120.0
 END_TIMEOUT = 10.0
 """Seconds in which it ends, after its last message or when killed."""
 
+LONGEST_LINE = 2**20
+"""Characters of a message; a longer one is none."""
+MOST_LINES = 1000
+"""Messages that wait to be read; the process waits with more."""
+
 _READY, _DONE = {"ready": True}, {"done": True}
 
 
 class WorkerFailed(Exception):
     """The process ended, or was killed since it did not answer."""
+
+
+class WorkerHung(WorkerFailed):
+    """It was killed since it did not answer."""
 
 
 class Worker:
@@ -33,10 +43,19 @@ class Worker:
         target: ``module:function`` of (request) -> iterator of messages.
         timeout: Seconds without a message after which the process, once started, is killed.
         environment: Of the process; by default this one's.
+        start: Starts a command as ``subprocess.Popen`` does, with its keywords for pipes and text.
     """
 
-    def __init__(self, target: str, *, timeout: float, environment: dict[str, str] | None = None):
-        self._target, self._timeout, self._environment = target, timeout, environment
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float,
+        environment: dict[str, str] | None = None,
+        start: Callable[..., subprocess.Popen] | None = None,
+    ):
+        self._target, self._timeout = target, timeout
+        self._popen = start or partial(subprocess.Popen, env=environment)
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: dict) -> Iterator[dict]:
@@ -71,10 +90,17 @@ class Worker:
             line = self._lines.get(timeout=timeout)
         except queue.Empty:
             self.close()
-            raise WorkerFailed(f"no answer for {timeout:g} s: killed") from None
+            raise WorkerHung(f"no answer for {timeout:g} s: killed") from None
         if line is None:
             raise WorkerFailed(self._end())
-        return json.loads(line)
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):  # of a process that foreign code has taken over
+            self.close()
+            raise WorkerFailed(f"it answered what is no message: {line[:80]!r}")
+        return message
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -85,15 +111,15 @@ class Worker:
     def _start(self) -> None:
         # The package of this process, and not a checkout that it was started in.
         safely = ["-P"] if sys.version_info >= (3, 11) else []
-        self._process = subprocess.Popen(
+        self._process = self._popen(
             [sys.executable, *safely, "-m", __name__, self._target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=self._environment,
+            errors="replace",
         )
-        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._lines: queue.Queue[str | None] = queue.Queue(maxsize=MOST_LINES)
         self._errors: list[str] = []
         self._readers = [
             threading.Thread(target=read, args=(self._process,), daemon=True)
@@ -105,13 +131,13 @@ class Worker:
 
     def _read_lines(self, process: subprocess.Popen) -> None:
         lines = self._lines
-        for line in process.stdout:
+        while line := process.stdout.readline(LONGEST_LINE):
             lines.put(line)
         lines.put(None)
 
     def _read_errors(self, process: subprocess.Popen) -> None:
         errors = self._errors
-        for line in process.stderr:
+        while line := process.stderr.readline(LONGEST_LINE):
             errors[:] = [*errors[-20:], line]
 
     def _end(self) -> str:

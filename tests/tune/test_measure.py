@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastshard.tune import worker as worker_module
 from fastshard.tune.compiler import Compiler, CompilingMeasurer
 from fastshard.tune.measure import Asker, GpuMeasurer, Observation, judge
 from fastshard.tune.problem import AUTO, Problem
-from fastshard.tune.worker import Worker, WorkerFailed
+from fastshard.tune.worker import Worker, WorkerFailed, WorkerHung
 from helpers import CUDA_ONLY
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +142,15 @@ def counts(request):
 
 def deaf(request):
     os.closerange(3, 100)  # its messages end, and it does not
+    time.sleep(1000)
+    yield
+
+def speaks(request):  # over the channel of messages, whichever number it has
+    for number in range(3, 100):
+        try:
+            os.write(number, bytes.fromhex(request["hex"]))
+        except OSError:
+            pass
     time.sleep(1000)
     yield
 
@@ -396,3 +406,46 @@ def test_a_library_that_is_none_is_a_reason(device, tmp_path):
     with GpuMeasurer(library=lambda problem, variant: tmp_path / "a.so") as gpu:
         (found,) = gpu(Problem("rms_norm", "bfloat16", (4, 64)), ["96x3"])
     assert "a.so" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (b"no message\n", r"'no message\\n'"),
+        (b"[1]\n", r"'\[1\]\\n'"),
+        (b"\xff\xfe\n", "'\ufffd\ufffd\\\\n'"),
+        (b"[" * 60_000 + b"\n", r"'\[{80}'"),
+    ],
+)
+def test_what_is_no_message_is_a_failure(environment, said, shown):
+    worker = Worker("backend:speaks", timeout=20, environment=environment)
+    with pytest.raises(WorkerFailed, match=rf"^it answered what is no message: {shown}$"):
+        list(worker.ask({"hex": said.hex()}))
+    assert worker._process is None
+
+
+def test_a_message_without_end_is_read_no_further(environment, monkeypatch):
+    monkeypatch.setattr(worker_module, "LONGEST_LINE", 100)
+    worker = Worker("backend:speaks", timeout=20, environment=environment)
+    with pytest.raises(WorkerFailed, match=r"^it answered what is no message: 'x{80}'$"):
+        list(worker.ask({"hex": (b"x" * 1000).hex()}))
+
+
+def test_the_process_is_started_as_asked(environment):
+    started = []
+
+    def start(command, **pipes):
+        started.append(command)
+        return subprocess.Popen(command, env=environment, **pipes)
+
+    worker = Worker("backend:pid", timeout=20, start=start)
+    (answer,) = worker.ask({"seed": 1})
+    assert answer["pid"] == worker._process.pid
+    assert [command[-1] for command in started] == ["backend:pid"]
+    worker.close()
+
+
+def test_a_hang_is_told_from_a_crash(environment):
+    worker = Worker("backend:speaks", timeout=2, environment=environment)
+    with pytest.raises(WorkerHung, match=r"^no answer for 2 s: killed$"):
+        list(worker.ask({"hex": ""}))

@@ -1,0 +1,123 @@
+"""Compiling in a sandbox: what is kept, what is said, what is not run."""
+
+import pytest
+import torch
+
+from archive.corpus import DIES_WHEN_LOADED
+from fastshard.archive import compile, sandbox
+
+PARTS = sandbox.allowed_parts()
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(tmp_path))
+    return tmp_path / "archive" / "builds"
+
+
+def refuse_to_run(*arguments, **named):
+    raise AssertionError("something was run")
+
+
+def test_a_build_is_kept_and_not_loaded(cache, monkeypatch):
+    # Loading it would kill the process that compiles it.
+    built = compile.build(DIES_WHEN_LOADED, parts=PARTS)
+    assert built.reason is None
+    assert built.library.read_bytes()[:4] == b"\x7fELF"
+    assert built.folder == built.library.parent
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == [built.library.name]
+    monkeypatch.setattr(sandbox.Sandbox, "start", refuse_to_run)
+    assert compile.build(DIES_WHEN_LOADED, parts=PARTS) == built
+    with pytest.raises(AssertionError, match="something was run"):
+        compile.build(DIES_WHEN_LOADED + " ", parts=PARTS)
+
+
+def test_the_reason_is_kept(monkeypatch):
+    code = '\n#error "not today"\n'
+    built = compile.build(code, parts=PARTS)
+    assert built.library is None
+    assert built.reason == 'archive_kernel.cpp:2:2: error: #error "not today"'
+    monkeypatch.setattr(sandbox.Sandbox, "start", refuse_to_run)
+    assert compile.build(code, parts=PARTS) == built
+
+
+def test_a_compiler_that_is_late_is_killed_and_no_reason_kept(cache):
+    built = compile.build("int x;", parts=PARTS, timeout=0.05)
+    assert (built.library, built.reason) == (None, "the compiler took more than 0.05 s")
+    assert list(cache.rglob("*")) == []
+
+
+def test_a_compiler_that_takes_too_much_is_killed(cache, monkeypatch):
+    monkeypatch.setattr(compile, "LIMITS", sandbox.Limits(resident_bytes=2**26))
+    built = compile.build("int x;", parts=PARTS)
+    assert built.reason == "the compiler took more than 0.0625 GiB of resident memory"
+    assert list(cache.rglob("*")) == []
+
+
+def test_a_compiler_is_limited_in_addresses():
+    assert compile.LIMITS.address_space_bytes is not None
+    assert compile.LIMITS.as_resources()["RLIMIT_AS"] == 32 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("code", "cuda"),
+    [
+        ("#include <torch/extension.h>\nint f() { return 1 << 2; }", False),
+        ("__global__ void f() {}", True),
+        ("f<<<1, 2>>>();", True),
+        ("#include <cuda_runtime.h>", True),
+        ("#include <cuda.h>", True),
+        ("#include <ATen/cuda/CUDAContext.h>", True),
+        ("// no barracuda.h", False),
+    ],
+)
+def test_which_code_needs_nvcc(code, cuda):
+    assert compile.is_cuda(code) is cuda
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        said = r"^compiling needs a C\+\+ compiler, and there is no no-such-compiler: set CXX$"
+        with pytest.raises(RuntimeError, match=said):
+            compile.build("int x;", parts=PARTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(compile.shutil, "which", lambda name, path=None: None if path else "/bin/x")
+        said = r"^compiling by torch.utils.cpp_extension needs ninja: pip install ninja$"
+        with pytest.raises(RuntimeError, match=said):
+            compile.build("int x;", parts=PARTS)
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_HOME", "/absent")
+        with pytest.raises(RuntimeError, match=r"^CUDA code needs nvcc, .*\(CUDA_HOME=/absent\)"):
+            compile.check_compilers(cuda=True)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is for CUDA")
+def test_cuda_needs_a_torch_for_cuda(monkeypatch):
+    monkeypatch.setattr(compile, "check_compilers", lambda cuda: "nvcc")
+    with pytest.raises(RuntimeError, match=r"^CUDA code needs a torch for CUDA, got torch 2\."):
+        compile.build("__global__ void f() {}", parts=PARTS)
+
+
+def test_where_the_runtime_of_cuda_is(tmp_path):
+    home, folder = tmp_path / "home", tmp_path / "folder"
+    (home / "lib").mkdir(parents=True)
+    folder.mkdir()
+    assert compile._cuda_libraries(home, folder) == []
+    (home / "lib" / "libcudart.so.13").write_text("13")
+    assert compile._cuda_libraries(home, folder) == [f"-L{folder}"]
+    assert (folder / "libcudart.so").read_text() == "13"
+    (home / "lib" / "libcudart.so").write_text("any")
+    assert compile._cuda_libraries(home, folder) == [f"-L{home / 'lib'}"]
+
+
+def test_a_sandbox_that_fails_is_no_fault_of_the_code(monkeypatch):
+    ended = sandbox.Finished(125, "sandbox: cannot mount", False, None)
+    monkeypatch.setattr(sandbox.Sandbox, "run", lambda *a, **k: ended)
+    with pytest.raises(RuntimeError, match=r"^the compiler could not be run: sandbox: cannot mou"):
+        compile.build("int x;", parts=PARTS)
+
+
+def test_a_source_cannot_play_the_sandbox():
+    built = compile.build('\n#error "sandbox: cannot mount"\n', parts=PARTS)
+    assert built.reason == 'archive_kernel.cpp:2:2: error: #error "sandbox: cannot mount"'
