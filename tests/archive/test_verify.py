@@ -42,7 +42,8 @@ def verifier_on(device: torch.device, **changes) -> Verifier:
     try:
         return Verifier(Settings(device, sandbox.allowed_parts(), **settings))
     except RuntimeError as error:
-        skip_or_fail("FASTSHARD_REQUIRE_GPU", str(error))
+        kind = "GPU" if device.type == "cuda" else "EMULATOR"  # which needs a compiler too
+        skip_or_fail(f"FASTSHARD_REQUIRE_{kind}", str(error))
 
 
 def row_of(name: str, device: torch.device) -> schema.Row:
@@ -146,6 +147,7 @@ def test_without_isolation_from_the_network_it_asks_again(fetched, monkeypatch, 
         "taken away (no namespaces): nothing was compiled or run; pass "
         "--without-network-isolation to run it so\n"
     )
+    verifier_on(torch.device("cpu"))  # or skip
     arguments = ["1/23/nulls", "--i-trust-this-code", "--without-network-isolation"]
     assert cli.main(["archive", "verify", *arguments, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -159,6 +161,7 @@ def test_it_needs_to_know_what(fetched, capsys):
     assert cli.main(["archive", "verify", "--i-trust-this-code"]) == 1
     said = "archive verify needs an ID, --op, --level or --min-speedup\n"
     assert capsys.readouterr().err == f"fastshard: error: {said}"
+    verifier_on(torch.device("cpu"))  # or skip
     assert cli.main(["archive", "verify", "1/99", "--i-trust-this-code", "--device", "cpu"]) == 1
     assert "id must be one of the archive, or its beginning, got '1/99'" in capsys.readouterr().err
 
@@ -174,6 +177,7 @@ def test_without_a_compiler_it_says_so(fetched, monkeypatch, capsys):
 
 @CPU_ONLY
 def test_verdicts_are_kept_and_not_made_twice(fetched, device, capsys, monkeypatch):
+    verifier_on(device)  # or skip
     arguments = ["archive", "verify", "--op", "softmax", "--i-trust-this-code", "--device", "cpu"]
     assert cli.main([*arguments, "--timeout", f"{SECONDS}s"]) == 0
     out = capsys.readouterr().out
