@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ def check_compilers(*, cuda: bool) -> str:
         raise RuntimeError(f"compiling needs a C++ compiler, and there is no {compiler}: set CXX")
     if shutil.which("ninja", path=_path()) is None:
         raise RuntimeError("compiling by torch.utils.cpp_extension needs ninja: pip install ninja")
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise RuntimeError(
+            f"compiling needs Python's headers, and there are none in {headers}: install "
+            "python3-dev, or as your system calls it"
+        )
     if not cuda:
         return compiler
     home = nvcc.find_cuda_home()

@@ -138,7 +138,7 @@ class Sandbox:
     def start(
         self, command: Sequence[str], variables: Mapping[str, str] | None = None, **pipes
     ) -> Process:
-        """Start a command.
+        """Start a command. It is killed when the thread ends that started it.
 
         Args:
             command: Program and arguments.

@@ -5,8 +5,17 @@ import torch
 
 from archive.corpus import DIES_WHEN_LOADED
 from fastshard.archive import compile, sandbox
+from helpers import skip_or_fail
 
 PARTS = sandbox.allowed_parts()
+
+
+@pytest.fixture
+def compiler():
+    try:
+        compile.check_compilers(cuda=False)
+    except RuntimeError as error:
+        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", str(error))
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +28,7 @@ def refuse_to_run(*arguments, **named):
     raise AssertionError("something was run")
 
 
-def test_a_build_is_kept_and_not_loaded(cache, monkeypatch):
+def test_a_build_is_kept_and_not_loaded(compiler, cache, monkeypatch):
     # Loading it would kill the process that compiles it.
     built = compile.build(DIES_WHEN_LOADED, parts=PARTS)
     assert built.reason is None
@@ -32,7 +41,7 @@ def test_a_build_is_kept_and_not_loaded(cache, monkeypatch):
         compile.build(DIES_WHEN_LOADED + " ", parts=PARTS)
 
 
-def test_the_reason_is_kept(monkeypatch):
+def test_the_reason_is_kept(compiler, monkeypatch):
     code = '\n#error "not today"\n'
     built = compile.build(code, parts=PARTS)
     assert built.library is None
@@ -41,13 +50,13 @@ def test_the_reason_is_kept(monkeypatch):
     assert compile.build(code, parts=PARTS) == built
 
 
-def test_a_compiler_that_is_late_is_killed_and_no_reason_kept(cache):
+def test_a_compiler_that_is_late_is_killed_and_no_reason_kept(compiler, cache):
     built = compile.build("int x;", parts=PARTS, timeout=0.05)
     assert (built.library, built.reason) == (None, "the compiler took more than 0.05 s")
     assert list(cache.rglob("*")) == []
 
 
-def test_a_compiler_that_takes_too_much_is_killed(cache, monkeypatch):
+def test_a_compiler_that_takes_too_much_is_killed(compiler, cache, monkeypatch):
     monkeypatch.setattr(compile, "LIMITS", sandbox.Limits(resident_bytes=2**26))
     built = compile.build("int x;", parts=PARTS)
     assert built.reason == "the compiler took more than 0.0625 GiB of resident memory"
@@ -75,7 +84,7 @@ def test_which_code_needs_nvcc(code, cuda):
     assert compile.is_cuda(code) is cuda
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_what_is_missing_is_named(compiler, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")
         said = r"^compiling needs a C\+\+ compiler, and there is no no-such-compiler: set CXX$"
@@ -84,6 +93,11 @@ def test_what_is_missing_is_named(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(compile.shutil, "which", lambda name, path=None: None if path else "/bin/x")
         said = r"^compiling by torch.utils.cpp_extension needs ninja: pip install ninja$"
+        with pytest.raises(RuntimeError, match=said):
+            compile.build("int x;", parts=PARTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(compile.sysconfig, "get_path", lambda name: "/absent")
+        said = r"^compiling needs Python's headers, and there are none in /absent: install python3-"
         with pytest.raises(RuntimeError, match=said):
             compile.build("int x;", parts=PARTS)
     with monkeypatch.context() as patch:
@@ -111,13 +125,13 @@ def test_where_the_runtime_of_cuda_is(tmp_path):
     assert compile._cuda_libraries(home, folder) == [f"-L{home / 'lib'}"]
 
 
-def test_a_sandbox_that_fails_is_no_fault_of_the_code(monkeypatch):
+def test_a_sandbox_that_fails_is_no_fault_of_the_code(compiler, monkeypatch):
     ended = sandbox.Finished(125, "sandbox: cannot mount", False, None)
     monkeypatch.setattr(sandbox.Sandbox, "run", lambda *a, **k: ended)
     with pytest.raises(RuntimeError, match=r"^the compiler could not be run: sandbox: cannot mou"):
         compile.build("int x;", parts=PARTS)
 
 
-def test_a_source_cannot_play_the_sandbox():
+def test_a_source_cannot_play_the_sandbox(compiler):
     built = compile.build('\n#error "sandbox: cannot mount"\n', parts=PARTS)
     assert built.reason == 'archive_kernel.cpp:2:2: error: #error "sandbox: cannot mount"'

@@ -204,8 +204,7 @@ def test_nothing_outlives_who_started_it(tmp_path, parts):
     code = f"""
         import time
         from pathlib import Path
-        from fastshard.archive.processes import tree_of
-from fastshard.archive.sandbox import Limits, Sandbox
+        from fastshard.archive.sandbox import Limits, Sandbox
         process = Sandbox(Path({str(tmp_path)!r}), Limits(), {parts!r}).start(["sleep", "1000"])
         print(process.pid, flush=True)
         time.sleep(1000)
