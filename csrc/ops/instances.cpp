@@ -13,6 +13,7 @@ namespace {
 
 std::mutex mutex;
 std::map<std::tuple<std::string, std::string, std::string>, Instance> instances;  // by op, dtype and variant
+FastshardInstanceLoader loader = nullptr;
 
 }  // namespace
 
@@ -22,11 +23,26 @@ void add_instance(const std::string& op, const std::string& dtype, const std::st
   instances[{op, dtype, variant}] = {launch, params_bytes};
 }
 
-Instance find_instance(const std::string& op, ScalarType dtype, const std::string& variant) {
+void use_instance_loader(FastshardInstanceLoader given) {
   const std::lock_guard lock(mutex);
-  if (instances.empty()) return {};
-  const auto found = instances.find({op, name_of(dtype), variant});
-  return found == instances.end() ? Instance{} : found->second;
+  loader = given;
+}
+
+Instance find_instance(const std::string& op, ScalarType dtype, const std::string& variant) {
+  FastshardInstanceLoader asked = nullptr;
+  const bool may_load = is_promoted(variant);
+  const auto key = [&] { return std::tuple(op, std::string(name_of(dtype)), variant); };
+  {
+    const std::lock_guard lock(mutex);
+    if (instances.empty() && !may_load) return {};
+    if (const auto found = instances.find(key()); found != instances.end()) return found->second;
+    if (loader == nullptr || !may_load) return {};
+    instances[key()] = {};  // once; calls of other threads meanwhile go on without it
+    asked = loader;
+  }
+  asked(op.c_str(), name_of(dtype), variant.c_str());  // unlocked: it adds what it loads
+  const std::lock_guard lock(mutex);
+  return instances[key()];
 }
 
 void Instance::run(const void* params, size_t bytes, cudaStream_t stream) const {
@@ -44,5 +60,10 @@ void Instance::run(const void* params, size_t bytes, cudaStream_t stream) const 
 extern "C" __attribute__((visibility("default"))) void fastshard_emulator_add_instance(
     const char* op, const char* dtype, const char* variant, size_t params_bytes, FastshardInstance launch) {
   fastshard::add_instance(op, dtype, variant, params_bytes, launch);
+}
+
+extern "C" __attribute__((visibility("default"))) void fastshard_emulator_use_instance_loader(
+    fastshard::FastshardInstanceLoader loader) {
+  fastshard::use_instance_loader(loader);
 }
 #endif

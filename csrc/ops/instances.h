@@ -1,4 +1,5 @@
-// Launchers of variants that are not in the menus: compiled, loaded and added by `fastshard tune --patch`.
+// Launchers of variants that are not in the menus: compiled, loaded and added by `fastshard tune --patch`, or kernels that
+// `fastshard archive promote` keeps, which are loaded when a call first asks for them.
 #pragma once
 #include <string>
 
@@ -11,6 +12,15 @@ namespace fastshard {
 // params_bytes: size of what the launcher takes.
 void add_instance(const std::string& op, const std::string& dtype, const std::string& variant, size_t params_bytes,
                   FastshardInstance launch);
+
+// Is told of the first call of an op that asks for a promoted kernel which nobody added; may call add_instance.
+extern "C" typedef void (*FastshardInstanceLoader)(const char* op, const char* dtype, const char* variant);
+
+// From now on this loader; null for none.
+void use_instance_loader(FastshardInstanceLoader loader);
+
+// Whether a variant names a promoted kernel: PREFIX in fastshard/ops/promoted.py.
+inline bool is_promoted(const std::string& variant) { return variant.starts_with("promoted_"); }
 
 struct Instance {
   FastshardInstance launch = nullptr;
@@ -28,7 +38,7 @@ struct Instance {
   void run(const void* params, size_t bytes, cudaStream_t stream) const;
 };
 
-// What was added, or nothing.
+// What was added, or nothing. A promoted kernel is loaded first, once: one that cannot be loaded is nothing from then on.
 Instance find_instance(const std::string& op, ScalarType dtype, const std::string& variant);
 
 }  // namespace fastshard

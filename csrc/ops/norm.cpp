@@ -78,7 +78,8 @@ void run_norm(const char* op, const Tensor& x, const Params& params, const std::
   const cudaStream_t stream = current_stream(x);
   const std::string variant = variant_for(asked, op, dtype, {params.rows.num_tokens}, {params.rows.hidden_size});
   if (const Instance instance = find_instance(op, dtype, variant)) return instance.run(params, stream);
-  const RowVariant chosen = row_variant_of(variant);
+  // A table may name a promoted kernel that is not there any more.
+  const RowVariant chosen = row_variant_of(is_promoted(variant) ? asked : variant);
   dispatch_floating("x", dtype, [&](auto type) { launch(type, chosen, stream); });
 }
 

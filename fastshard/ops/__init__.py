@@ -25,6 +25,7 @@ from fastshard.ops.decode import (
 from fastshard.ops.linear import linear
 from fastshard.ops.mlp import fused_mlp
 from fastshard.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastshard.ops.promoted import use_loader
 from fastshard.ops.rope import apply_rope, rope_append
 from fastshard.ops.sample import sample
 from fastshard.ops.variants import use_tables
@@ -33,6 +34,7 @@ HAS_KERNELS = load_kernels()
 """Whether the compiled CUDA kernels are registered in this process."""
 if HAS_KERNELS:
     use_tables()
+    use_loader()
 
 __all__ = [
     "COSTS",

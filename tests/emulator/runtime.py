@@ -98,6 +98,22 @@ def add_instance(op: str, dtype: str, variant: str, params_bytes: int, address: 
 
 
 @contextmanager
+def instance_loader(loader: Callable[[str, str, str], None]) -> Iterator[None]:
+    """Let emulated kernels ask this for promoted kernels, as csrc/ops/instances.h has it."""
+    (functions,) = _functions
+    use = functions.fastshard_emulator_use_instance_loader
+    callback = ctypes.CFUNCTYPE(None, *[ctypes.c_char_p] * 3)(
+        lambda *words: loader(*(word.decode() for word in words))
+    )
+    use.argtypes = [type(callback)]
+    use(callback)
+    try:
+        yield
+    finally:
+        use(type(callback)())
+
+
+@contextmanager
 def emulated(
     kernels: dict[str, Callable], missing: Callable[[str], None]
 ) -> Iterator[Counter[str]]:
