@@ -14,6 +14,7 @@ from fastshard.build_record import source_version
 from fastshard.environment import cache_dir
 from fastshard.files import replace_text
 from fastshard.ops import variants
+from fastshard.ops.promoted import read_all
 from fastshard.ops.variants import Entry, Table
 from fastshard.tune import model, recorded, shapes, table
 from fastshard.tune.compiler import Compiler, CompilingMeasurer, checkout
@@ -24,7 +25,7 @@ from fastshard.tune.problem import SIZES, Problem
 from fastshard.tune.recorded import Recorder, Replay, Study
 from fastshard.tune.report import generation_line, summary
 from fastshard.tune.search import Generation, Search, mean_gain
-from fastshard.tune.space import MENU, OPEN
+from fastshard.tune.space import MENU, OPEN, with_promoted
 
 MIN_BUDGET = 5.0
 """Seconds: one generation of one problem and its confirmation take about as long."""
@@ -101,13 +102,14 @@ def run(
         output = output or variants.user_tables_dir() / f"{_slug(measurer.device)}.json"
         old = table.read(output, measurer.device, is_stale_allowed=is_own)
         chosen = table.chosen(old)
+        promoted = _promoted(problems)
         search = Search(
             measurer,
             problems,
             strategy=strategy,
             seed=seed,
             figures=figures,
-            space=MENU if patch_path is None else OPEN,
+            space=with_promoted(MENU if patch_path is None else OPEN, {} if replays else promoted),
             known=lambda problem: chosen.get(table.key(problem)),
         )
         say(f"{measurer.device}: {len(problems)} problems of {model_name}, {strategy}")
@@ -133,7 +135,9 @@ def run(
             say("interrupted: what was timed once more is kept")
             status = INTERRUPTED
     entries, additions = ([c[i] for c in confirmed if c[i] is not None] for i in (1, 2))
-    variants.write_table(output, table.merged(old, [each[:2] for each in confirmed]))
+    variants.write_table(
+        output, table.merged(old, [each[:2] for each in confirmed], with_promoted(MENU, promoted))
+    )
     for line in summary(search.found, entries, additions):
         say(line)
     say(f"{len(entries)} entries written to {output}")
@@ -199,10 +203,22 @@ def _problems(model_name: str, ops: Sequence[str] | None, dtype: str) -> list[Pr
             raise ValueError(f"op must be one of {', '.join(SIZES)}, got {op!r}")
     config, _ = find_model(model_name)
     found = shapes.problems(config, dtype)
+    if ops is not None and "layer_norm" in ops and read_all("layer_norm"):
+        found += shapes.layer_norms(config, dtype)
     chosen = [problem for problem in found if ops is None or problem.op in ops]
     if not chosen:
         raise ValueError(f"{model_name} has no {' or '.join(ops)}")
     return chosen
+
+
+def _promoted(problems: Sequence[Problem]) -> dict[str, list[str]]:
+    """The promoted kernels of each op that is tuned, in their dtypes."""
+    tuned = {(problem.op, problem.dtype) for problem in problems}
+    found: dict[str, list[str]] = {}
+    for each in read_all():
+        if any((each.op, dtype) in tuned for dtype in each.dtypes):
+            found.setdefault(each.op, []).append(each.name)
+    return found
 
 
 def _recorder(

@@ -77,6 +77,7 @@ class GpuMeasurer:
         timeout: Seconds without a sign of life after which a variant counts as hanging.
         target: The function that the process answers by.
         library: Where a variant that is not in the menu is compiled; None for others.
+        environment: Of the process; by default this one's.
 
     Raises:
         RuntimeError: there is no GPU, or none that this build serves.
@@ -89,6 +90,7 @@ class GpuMeasurer:
         timeout: float = TIMEOUT,
         target: str = "fastshard.tune.observe:observe",
         library: Library = lambda problem, variant: None,
+        environment: dict[str, str] | None = None,
     ):
         if not torch.cuda.is_available():
             raise RuntimeError(
@@ -98,7 +100,9 @@ class GpuMeasurer:
         device = torch.device("cuda", torch.cuda.current_device())
         check_device(device)
         self.device = torch.cuda.get_device_name(device)
-        self._asker = Asker(target, seed=seed, timeout=timeout, library=library)
+        self._asker = Asker(
+            target, seed=seed, timeout=timeout, library=library, environment=environment
+        )
 
     def __call__(self, problem: Problem, variants: Sequence[str]) -> list[Measurement]:
         return self._asker(problem, variants)
@@ -111,6 +115,10 @@ class GpuMeasurer:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the measuring process."""
         self._asker.close()
 
 

@@ -1,5 +1,7 @@
 """The menus of csrc that ``fastshard tune --patch`` adds to: a line for each variant."""
 
+from fastshard.ops.promoted import PREFIX
+
 ROW_CONFIGS = (
     "16x1",
     "32x1",
@@ -26,7 +28,14 @@ NORMS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
 
 
 def has(op: str, variant: str) -> bool:
-    """Whether a legal variant is compiled into the wheel."""
+    """Whether a legal variant is compiled into the wheel, or a kernel that the user promoted."""
+    if is_promoted(variant):
+        return True
     if op in NORMS:
         return variant in ROW_CONFIGS
     return op != "fused_mlp" or variant.removeprefix("tiles_") in (*TILES, "library", "tiles")
+
+
+def is_promoted(variant: str) -> bool:
+    """Whether it is a kernel of the user's cache, by ``fastshard archive promote``."""
+    return variant.startswith(PREFIX)

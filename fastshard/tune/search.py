@@ -1,9 +1,10 @@
 """The search: which variants are measured next, until the budget is spent or nothing is left.
 
 A generation of one problem after the other. ``evolve`` is Optuna's NSGA-II on the genes of
-``space``: generation 0 holds what a table has, what won for the nearest problem of the same op, and
-the best on paper; what costs too much on paper is left out; a problem within ``NEAR_LIMIT`` of what
-the device can do is left alone. ``random`` draws legal variants evenly, ``all`` takes every one.
+``space``: generation 0 holds what a table has, what won for the nearest problem of the same op,
+promoted kernels and the best on paper; what costs too much on paper is left out; a problem within
+``NEAR_LIMIT`` of what the device can do is left alone. ``random`` draws legal variants evenly,
+``all`` takes every one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -174,10 +175,12 @@ class _Species:
         self._queue: list[str] = []
         self._fruitless = 0
         if strategy == "evolve":
-            found.left_out.update(model.pruned(problem, self._legal, figures))
-            worth = [name for name in self._legal if name not in found.left_out]
+            promoted = [name for name in self._legal if menu.is_promoted(name)]  # on no paper
+            modelled = [name for name in self._legal if name not in promoted]
+            found.left_out.update(model.pruned(problem, modelled, figures))
+            worth = [name for name in modelled if name not in found.left_out]
             on_paper = sorted(worth, key=lambda name: model.modelled_us(problem, name, figures))
-            self._queue = on_paper[:_PAPER_SEEDS]
+            self._queue = [*promoted, *on_paper[:_PAPER_SEEDS]]
             self.add_seeds([known] if known else [])
         if strategy == "all":
             self._queue = list(self._legal)

@@ -32,3 +32,8 @@ def problems(config: ModelConfig, dtype: str) -> list[Problem]:
         "cached_attention": [(*counts, *heads) for counts in CACHED if counts[2] <= longest],
     }
     return [Problem(op, dtype, shape) for op, of_op in shapes.items() for shape in of_op]
+
+
+def layer_norms(config: ModelConfig, dtype: str) -> list[Problem]:
+    """LayerNorms of the model's width: no model has them, but what is built on the ops may."""
+    return [Problem("layer_norm", dtype, (rows, config.hidden_size)) for rows in NORM_ROWS]

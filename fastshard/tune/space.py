@@ -5,7 +5,7 @@ variant under a second name, is illegal, with a reason. ``MENU`` holds what csrc
 wheel, ``OPEN`` also what ``fastshard tune --patch`` compiles by itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -193,3 +193,31 @@ OPEN = Space(
     {**_GENES, **dict.fromkeys(NORMS, _OPEN_NORM_GENES), "fused_mlp": _OPEN_MLP_GENES},
     {**_RULES, **dict.fromkeys(NORMS, _open_norm), "fused_mlp": _open_mlp},
 )
+
+
+def with_promoted(space: Space, names: Mapping[str, Sequence[str]]) -> Space:
+    """The space with promoted kernels as further variants of their ops.
+
+    Args:
+        space: To be extended.
+        names: Op -> its promoted kernels.
+    """
+    genes, rules = dict(space.genes), dict(space.rules)
+    for op, promoted in names.items():
+        if promoted:
+            genes[op] = {**space.genes[op], "promoted": ("", *promoted)}
+            rules[op] = _or_promoted(space.genes[op], space.rules[op])
+    return Space(genes, rules)
+
+
+def _or_promoted(genes: Mapping[str, Sequence[str | int]], rule: _Rule) -> _Rule:
+    first = {name: choices[0] for name, choices in genes.items()}
+
+    def judge(sizes: dict[str, int], chosen: Genes) -> tuple[str, str | None]:
+        rest = {name: choice for name, choice in chosen.items() if name != "promoted"}
+        if not chosen["promoted"]:
+            return rule(sizes, rest)
+        is_first = rest == first
+        return chosen["promoted"], None if is_first else "a promoted kernel has nothing to choose"
+
+    return judge

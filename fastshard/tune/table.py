@@ -11,7 +11,7 @@ from fastshard.ops.variants import Entry, Table, key_shape
 from fastshard.tune import recorded
 from fastshard.tune.problem import Problem
 from fastshard.tune.search import Found
-from fastshard.tune.space import MENU
+from fastshard.tune.space import MENU, Space
 
 Key = tuple[str, str, tuple[int, ...]]
 
@@ -58,12 +58,13 @@ def chosen(old: Table) -> dict[Key, str]:
     return {key(entry): entry.variant for table in tables for entry in table.entries}
 
 
-def merged(old: Table, found: Sequence[tuple[Found, Entry | None]]) -> Table:
+def merged(old: Table, found: Sequence[tuple[Found, Entry | None]], space: Space = MENU) -> Table:
     """The new entries, and those old ones that no measurement speaks against.
 
     Args:
         old: Of the same device.
         found: Problems whose winners were confirmed, with the entries that this gave.
+        space: What an entry may name.
     """
     searched = {key(each.problem): each for each, _ in found}
     new = [entry for _, entry in found if entry is not None]
@@ -75,7 +76,7 @@ def merged(old: Table, found: Sequence[tuple[Found, Entry | None]]) -> Table:
         each = searched[key(entry)]
         measured = each.measured.get(entry.variant)
         is_open = measured is None or measured.reason == recorded.UNKNOWN
-        is_legal = entry.variant in MENU.legal_variants(each.problem)
+        is_legal = entry.variant in space.legal_variants(each.problem)
         return is_open and is_legal and key(entry) not in replaced
 
     return replace(old, entries=(*filter(is_kept, old.entries), *new))

@@ -10,6 +10,7 @@ import torch
 
 from fastshard import arguments, cli
 from fastshard.ops import variants
+from fastshard.ops.promoted import Promoted, manifest_text
 from fastshard.ops.variants import Entry, Table, read_table, write_table
 from fastshard.tune import command, recorded, search
 from fastshard.tune.problem import Measurement, Problem
@@ -292,6 +293,67 @@ def test_the_same_seed_writes_the_same_patch(open_study, tmp_path):
         files = (*OPEN_FILES, "--seed", 3, "--budget", "40s", "--patch", patch)
         assert replay(open_study, tmp_path / "table.json", *files) == 0
     assert patches[0].read_bytes() == patches[1].read_bytes() != b""
+
+
+def promote(folder, name, op="rms_norm", dtypes=("bfloat16",)) -> None:
+    """Write what ``fastshard archive promote`` writes, without the kernel itself."""
+    found = Promoted(
+        name=name,
+        op=op,
+        dtypes=dtypes,
+        **dict.fromkeys(("fastshard", "torch", "python", "id", "op_name", "kernel_name"), "-"),
+        **dict.fromkeys(("source", "revision", "licence", "attribution"), "-"),
+        measured=(),
+        verified={},
+        files={"kernel.so": "-"},
+    )
+    (folder / "promoted" / name).mkdir(parents=True)
+    (folder / "promoted" / name / "kernel.json").write_text(manifest_text(found))
+
+
+def test_a_promoted_kernel_is_measured_and_written(tmp_path, monkeypatch):
+    """On a GPU; played back it is not searched, but an entry of it stays."""
+    monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(tmp_path))
+    promote(tmp_path, "promoted_a")
+    promote(tmp_path, "promoted_b", dtypes=("float16",))
+    promote(tmp_path, "promoted_c", op="layer_norm")
+    asked = []
+
+    def measure(self, problem, names):
+        asked.extend(names)
+        return [timed(5.0 if name == "promoted_a" else 9.9) for name in names]
+
+    monkeypatch.setattr(command, "GpuMeasurer", Gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(Gpu, "__call__", measure)
+    monkeypatch.setattr(Gpu, "confirm", lambda self, problem, name: timed(5.0))
+    study = tmp_path / "study.json"
+    assert tune("--op", "rms_norm", "--strategy", "all", "--study", study, "--budget", "60s") == 0
+    assert {name for name in asked if "promoted" in name} == {"promoted_a"}
+    table = tmp_path / "tables" / "gpu.json"
+    assert {entry.variant for entry in read_table(table).entries} == {"promoted_a"}
+    before = read_table(table)
+    # A study is played back alike on every machine, whatever its user promoted.
+    assert replay(study, tmp_path / "other.json", "--op", "rms_norm") == 0
+    assert not any(
+        "promoted" in each.variant for each in read_table(tmp_path / "other.json").entries
+    )
+    assert replay(study, table, "--op", "rms_norm") == 0
+    assert read_table(table) == before
+
+
+def test_layer_norms_are_tuned_where_one_was_promoted(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^llama-3\.1-8b has no layer_norm$"):
+        command._problems("llama-3.1-8b", ["layer_norm"], "float16")
+    promote(tmp_path, "promoted_c", op="layer_norm")
+    found = command._problems("llama-3.1-8b", ["layer_norm"], "float16")
+    assert [problem.shape for problem in found] == [
+        *((1, 4096), (16, 4096), (512, 4096), (2048, 4096), (8192, 4096))
+    ]
+    assert all(problem.op == "layer_norm" for problem in found)
+    every = command._problems("llama-3.1-8b", None, "float16")
+    assert not any(problem.op == "layer_norm" for problem in every)
 
 
 def test_what_does_not_compile_is_in_the_study_with_its_reason(

@@ -9,7 +9,7 @@ from fastshard.tune import menu, model, recorded
 from fastshard.tune.problem import AUTO, Measurement, Problem, rejected
 from fastshard.tune.recorded import Replay
 from fastshard.tune.search import Found, Search, mean_gain
-from fastshard.tune.space import MENU, OPEN
+from fastshard.tune.space import MENU, OPEN, with_promoted
 
 STUDY = Path(__file__).parent / "data" / "h200.json"
 """Every legal variant at the shapes of llama-3.1-8b, by ``fastshard tune --strategy all``."""
@@ -219,3 +219,32 @@ def test_the_open_space_is_searched(op):
     assert found.best[1] <= 0.6
     assert len(found.measured) <= min(65, len(legal))
     assert set(found.measured) <= set(legal)
+
+
+class Fixed:
+    """Each variant takes its time, others 9.9 us beside 10 us of ``auto``."""
+
+    device = "GPU"
+
+    def __init__(self, **times):
+        self.times, self.asked = times, []
+
+    def __call__(self, problem, variants):
+        self.asked.append(list(variants))
+        return [timed(self.times.get(name, 9.9)) for name in variants]
+
+
+@pytest.mark.parametrize("strategy", ["evolve", "random", "all"])
+def test_a_promoted_kernel_can_win(strategy):
+    """Though the model knows nothing of it; and what wins goes into the table, not into a patch."""
+    problem = Problem("rms_norm", "float16", (16, 4096))
+    wider = with_promoted(MENU, {"rms_norm": ["promoted_a"]})
+    measurer = Fixed(promoted_a=5.0)
+    search = Search(measurer, [problem], strategy=strategy, space=wider)
+    search.run(1e9, lambda: 0.0)
+    (found,) = search.found
+    assert found.winner == "promoted_a"
+    assert found.addition is None
+    assert "promoted_a" not in found.left_out
+    if strategy == "evolve":
+        assert measurer.asked[0][0] == "promoted_a"

@@ -193,3 +193,32 @@ def test_shipped_tables_are_legal(path):
     for entry in table.entries:
         problem = Problem(entry.op, entry.dtype, entry.shape)
         assert entry.variant in MENU.legal_variants(problem), entry
+
+
+NORM = Problem("rms_norm", "float16", (16, 4096))
+
+
+def test_promoted_kernels_are_further_variants():
+    for base in (MENU, OPEN):
+        wider = space.with_promoted(base, {"rms_norm": ["promoted_a", "promoted_b"]})
+        legal = base.legal_variants(NORM)
+        assert sorted(wider.legal_variants(NORM)) == sorted([*legal, "promoted_a", "promoted_b"])
+        for variant in wider.legal_variants(NORM):
+            genes = wider.genes_of(NORM, variant)
+            assert genes.keys() == {"threads", "vecs", "promoted"}
+            assert wider.candidate(NORM, genes).variant == variant
+        others = [each for each in wider.candidates(NORM) if each.variant == "promoted_a"]
+        assert [each.why_illegal for each in others].count(None) == 1
+        assert {each.why_illegal for each in others} == {
+            None,
+            "a promoted kernel has nothing to choose",
+        }
+        for other in (PROMPT, Problem("add_rms_norm", "float16", (16, 4096))):
+            assert wider.legal_variants(other) == base.legal_variants(other)
+        assert space.with_promoted(base, {"rms_norm": []}).genes == base.genes
+
+
+def test_what_may_stand_in_a_table():
+    assert menu.has("rms_norm", "promoted_a")
+    assert menu.is_promoted("promoted_a")
+    assert not menu.is_promoted("256x2")

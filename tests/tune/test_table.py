@@ -13,6 +13,7 @@ from fastshard.ops.variants import Entry, OtherVersion, Table, read_table, write
 from fastshard.tune import command, recorded, table
 from fastshard.tune.problem import Measurement, Problem, rejected
 from fastshard.tune.search import Found
+from fastshard.tune.space import MENU, with_promoted
 
 SHAPES = [(rows, 4096, 6144) for rows in (1, 4, 8, 16)]  # q, k and v of llama-3.1-8b
 PROBLEM = Problem("linear", "bfloat16", (4, 4096, 6144))
@@ -167,3 +168,15 @@ def test_the_users_own_files_of_another_version_are_replaced(gpu, tmp_path):
     elsewhere = tmp_path / "elsewhere.json"
     write_table(elsewhere, of_version("0.0.1"))
     assert tune("--op", "linear", "--output", str(elsewhere)) == 1
+
+
+def test_an_entry_of_a_promoted_kernel_stays_while_it_is_there():
+    problem = Problem("rms_norm", "float16", (16, 4096))
+    old = of_gpu(Entry("rms_norm", "float16", (16, 4096), "promoted_a"))
+    wider = with_promoted(MENU, {"rms_norm": ["promoted_a"]})
+    unknown = Found(problem)
+    assert table.merged(old, [(unknown, None)], wider) == old
+    assert table.merged(old, [(unknown, None)]).entries == ()
+    assert table.merged(old, []) == old
+    slow = Found(problem, {"promoted_a": timed(11.0)})
+    assert table.merged(old, [(slow, None)], wider).entries == ()
