@@ -3,12 +3,20 @@
 import argparse
 from pathlib import Path
 
-from fastshard.arguments import PLOT_FORMATS, argument, number, seconds, whole
+from fastshard.arguments import DTYPES, PLOT_FORMATS, argument, number, seconds, whole
 
 LEVELS = ("1", "2", "3")
 OPS = ("batched_matmul", "matmul", "softmax", "rmsnorm", "layernorm", "attention", "mlp")
 SPLITS = ("level_1", "level_2", "level_3")
-COMMANDS = ("archive fetch", "archive list", "archive show", "archive verify", "archive report")
+COMMANDS = (
+    "archive fetch",
+    "archive list",
+    "archive show",
+    "archive verify",
+    "archive report",
+    "archive promote",
+    "archive demote",
+)
 """Commands whose names are two words."""
 
 
@@ -33,6 +41,8 @@ def add_commands(commands: "argparse._SubParsersAction") -> None:
     _add_show(commands)
     _add_verify(commands)
     _add_report(commands)
+    _add_promote(commands)
+    _add_demote(commands)
 
 
 def add_filters(add) -> None:
@@ -119,6 +129,36 @@ def _add_verify(commands) -> None:
     add("--seed", type=whole, default=0, help="of the inputs (default: 0)")
 
 
+def _add_promote(commands) -> None:
+    promote = commands.add_parser(
+        "archive promote",
+        help="keep a verified kernel that beats ours as a candidate of tune",
+        description="Compile a verified kernel as a variant of the op of ours that means the same, "
+        "measure it beside ours at the shapes of a model, and keep it in the cache where it is "
+        "faster: fastshard tune may choose it from then on. Of RMSNorm and LayerNorm.",
+    )
+    promote.set_defaults(run=run_promote)
+    add = promote.add_argument
+    add("id", metavar="ID", help="as archive list shows it, or its beginning")
+    add("--model", metavar="PRESET|DIR", default="llama-3.1-8b", help="default: %(default)s")
+    add("--dtype", choices=DTYPES[1:], nargs="+", default=DTYPES[1:], help="default: both")
+    add(
+        "--i-trust-this-code",
+        action="store_true",
+        help="run it outside of a sandbox, where fastshard runs; without this nothing is done",
+    )
+
+
+def _add_demote(commands) -> None:
+    demote = commands.add_parser(
+        "archive demote",
+        help="delete a promoted kernel",
+        description="Delete a promoted kernel, and the entries of the user's tables that name it.",
+    )
+    demote.set_defaults(run=run_demote)
+    demote.add_argument("id", metavar="ID", help="as promote had it, or the variant's name")
+
+
 def run_archive(args: argparse.Namespace) -> int:
     from fastshard.archive import command
 
@@ -168,3 +208,23 @@ def run_verify(args: argparse.Namespace) -> int:
         seed=args.seed,
         say=print,
     )
+
+
+def run_promote(args: argparse.Namespace) -> int:
+    from fastshard.archive.promote import promote
+
+    promote(
+        args.id,
+        trusts=args.i_trust_this_code,
+        model_name=args.model,
+        dtypes=args.dtype,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+def run_demote(args: argparse.Namespace) -> int:
+    from fastshard.archive.promote import demote
+
+    print(f"{demote(args.id).name} is deleted")
+    return 0

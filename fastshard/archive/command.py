@@ -9,6 +9,7 @@ from fastshard.archive import catalog, source
 from fastshard.archive import report as reports
 from fastshard.archive import verdict as verdicts
 from fastshard.archive.schema import SPLITS, Row
+from fastshard.ops import promoted
 
 Say = Callable[[str], None]
 
@@ -20,6 +21,11 @@ def say_state(say: Say) -> int:
     counts = Counter(verdict.verdict for verdict in verdicts.load_all())
     found = [f"{counts[name]} {name}" for name in verdicts.VERDICTS if counts[name]]
     say(f"verdicts     {', '.join(found) or 'none: fastshard archive verify'}")
+    for each in promoted.read_all():
+        say(
+            f"promoted     {catalog.plain(each.id)} as {each.name} of {each.op} in "
+            f"{', '.join(each.dtypes)}"
+        )
     say(f"licence      {catalog.LICENCE}")
     say(f"by           {catalog.ATTRIBUTION}")
     return 0
