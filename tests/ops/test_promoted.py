@@ -1,10 +1,7 @@
 """Promoted kernels: asked for once, loaded only where they are what was promoted."""
 
 import ctypes
-<<<<<<< HEAD
-=======
 import shutil
->>>>>>> h-arch
 import subprocess
 import warnings
 from dataclasses import replace
@@ -15,11 +12,7 @@ import torch
 from emulator import runtime
 from fastshard.build_record import source_version
 from fastshard.ops import promoted
-<<<<<<< HEAD
-from helpers import EMULATOR_ONLY
-=======
 from helpers import EMULATOR_ONLY, skip_or_fail
->>>>>>> h-arch
 
 NAME = "promoted_0123456789ab"
 # Stands for any kernel: it sets the first output to 7, of whatever dtype, and says who called.
@@ -46,11 +39,8 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-<<<<<<< HEAD
-=======
     if shutil.which("g++") is None:
         skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", "there is no g++")
->>>>>>> h-arch
     folder = tmp_path_factory.mktemp("library")
     (folder / "a.cpp").write_text(SOURCE % PARAMS_BYTES)
     command = ["g++", "-shared", "-fPIC", folder / "a.cpp", "-o", folder / "kernel.so"]
