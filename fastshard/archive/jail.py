@@ -30,6 +30,8 @@ _AT_RECURSIVE, _MOUNT_SETATTR = 0x8000, 442
 _PDEATHSIG, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS = 1, 24, 36, 38
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _TMPFS = "size=25%,mode=1777"
+_SETTINGS = ("sys", "sysrq-trigger", "irq", "bus", "fs", "acpi", "scsi", "asound", "driver")
+"""Of /proc: what is not of a process."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -84,8 +86,9 @@ def _prepare(plan: dict) -> None:
     if "files" in plan["parts"]:
         _hide(plan)
     if "processes" in plan["parts"]:
-        # Read-only: of a user 0 the kernel's settings in it would be writable.
-        _mount("proc", "/proc", "proc", _RDONLY | _NOSUID | _NODEV | _NOEXEC)
+        _mount("proc", "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
+    if "files" in plan["parts"] or "processes" in plan["parts"]:
+        _protect_settings()
     _drop_capabilities()
 
 
@@ -114,6 +117,18 @@ def _hide(plan: dict) -> None:
     _set_attributes("/", _AT_RECURSIVE, _MountAttr(set=_RDONLY | _NOSUID))
     for path in ["/dev/shm", *(f for f in folders if f in plan["scratch"]), *plan["writable"]]:
         _set_attributes(path, 0, _MountAttr(clear=_RDONLY))
+
+
+def _protect_settings() -> None:
+    """Make the kernel's settings read-only, which a user 0 could write, and no more of /proc.
+
+    CUDA's driver does not start where a process cannot name its own threads there.
+    """
+    _set_attributes("/proc", 0, _MountAttr(clear=_RDONLY))
+    for path in (f"/proc/{name}" for name in _SETTINGS):
+        if os.path.exists(path):
+            _mount(path, path, None, _BIND | _REC)
+            _set_attributes(path, _AT_RECURSIVE, _MountAttr(set=_RDONLY | _NOSUID))
 
 
 def _is_needed(device: str) -> bool:

@@ -99,6 +99,26 @@ def test_files_elsewhere_cannot_be_written_or_seen(tmp_path):
 
 
 @needs("files")
+@pytest.mark.parametrize("parts", [["files"], ["processes"], ["files", "processes"]], ids=str)
+def test_settings_of_the_kernel_cannot_be_written_but_names_of_threads(tmp_path, parts):
+    """Without the second CUDA's driver does not start: error 304."""
+    code = """
+        for path in ("sys/kernel/hostname", "sysrq-trigger", "irq/default_smp_affinity"):
+            try:
+                open(f"/proc/{path}", "r+")
+                print(path)
+            except OSError as error:
+                print(error.errno)
+        open("/proc/self/comm", "w").write("named")
+        print(open("/proc/self/comm").read())
+    """
+    lines = run(tmp_path, code, parts=parts).output.splitlines()
+    assert lines[0] == "30"  # a read-only file system
+    assert set(lines[1:3]) <= {"30", "2"}  # or there is none
+    assert lines[3] == "named"
+
+
+@needs("files")
 def test_a_mount_cannot_be_undone(tmp_path):
     code = """
         import ctypes
