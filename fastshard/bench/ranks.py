@@ -151,30 +151,30 @@ def measure(
     """
     checkpoint = Checkpoint(folder)
     context, in_flight = PROMPT_TOKENS + new_tokens, 2 * world.num_stages
-    settings = Settings(context=context, dtype=dtype, in_flight=in_flight)
-    pipeline = Pipeline(checkpoint, world, settings)
-    if world.rank > 0:
-        pipeline.serve()
-        pipeline.hops()
-        return None
     prompts = torch.randint(
         1,
         checkpoint.config.vocab_size,
         (max(in_flight, *batches, 1), PROMPT_TOKENS),
         generator=torch.Generator().manual_seed(0),
     ).tolist()
+    rates: dict[str, float] = {}
+    if batches:
+        model = load(folder, device=world.device, dtype=dtype, max_generated_tokens=new_tokens)
+        for batch in batches:
+            rates[str(batch)] = _batch_rate(model, prompts[:batch], new_tokens, rounds)
+        del model  # a GPU may not hold the weights twice
+        gc.collect()
+    settings = Settings(context=context, dtype=dtype, in_flight=in_flight)
+    pipeline = Pipeline(checkpoint, world, settings)
+    if world.rank > 0:
+        pipeline.serve()
+        pipeline.hops()
+        return None
     _generate(pipeline, prompts[:in_flight], new_tokens)  # what is set up on first calls
     streams = [_generate(pipeline, prompts[:1], new_tokens) for _ in range(rounds)]
     flights = [_generate(pipeline, prompts[:in_flight], new_tokens) for _ in range(rounds)]
     pipeline.stop()
     hops = pipeline.hops()
-    del pipeline
-    gc.collect()
-    rates = {}
-    if batches:
-        model = load(folder, device=world.device, dtype=dtype, max_generated_tokens=new_tokens)
-        for batch in batches:
-            rates[str(batch)] = _batch_rate(model, prompts[:batch], new_tokens, rounds)
     return {
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
