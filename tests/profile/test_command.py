@@ -128,7 +128,10 @@ def test_command_lines_of_deeper_tools(profile):
         (["--"], "profile: error: -- and another command of fastshard must follow, got nothing"),
         (["--", "profile", "--", "info"], "another command of fastshard must follow, got profile"),
         (["--", "generat", "a"], "error: argument COMMAND: invalid choice: 'generat'"),
-        (["--", "generate"], "generate: error: the following arguments are required: PROMPT"),
+        (
+            ["--", "generate"],
+            "generate: error: one of the arguments PROMPT --prompts-file is required",
+        ),
         (["--sort", "calls", "--", "info"], "profile: error: argument --sort: invalid choice"),
         (["generate", "a"], "error: unrecognized arguments: generate a"),
     ],
