@@ -56,10 +56,17 @@ def test_a_stand_in_keeps_state_and_result(x):
     assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
 
 
+def materialize(model):
+    model.to_empty(device="cpu")
+    with torch.no_grad():  # memory as it was found may hold NaN
+        for parameter in model.parameters():
+            parameter.normal_()
+
+
 CHANGES = {
     "nothing": lambda model: model,
     "double": lambda model: model.double(),
-    "from meta": lambda model: model.to_empty(device="cpu"),
+    "from meta": materialize,
     "train": lambda model: model.train(),
     "load": lambda model: model.load_state_dict(
         {n: torch.randn_like(v) for n, v in model.state_dict().items()}
