@@ -8,11 +8,9 @@ import sys
 import pytest
 import torch
 from tiny_checkpoints import (
-    FAMILIES,
-    SIZES,
-    edit_json,
     edit_tensors,
     make_reference,
+    write_byte_checkpoint,
     write_tokenizer,
 )
 
@@ -23,13 +21,7 @@ from fastshard import cli
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "vocab_size", 258)
-        patch.setitem(FAMILIES["llama"][2], "head_dim", 64)  # one that ops.decode_step takes
-        make_reference("llama").save_pretrained(path)
-    write_tokenizer(path, chat_template="{{ messages[0].content | upper }}:")
-    edit_json(path / "config.json", eos_token_id=None)
-    (path / "generation_config.json").write_text("{}")
+    write_byte_checkpoint(path, chat_template="{{ messages[0].content | upper }}:")
     return path
 
 

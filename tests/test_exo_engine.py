@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import SIZES, make_reference, write_tokenizer
+from tiny_checkpoints import write_byte_checkpoint
 
 import fastshard
 from fastshard.loading import demo_model
@@ -295,10 +295,7 @@ def test_sample_draws_anew_and_greedily(exo_engine):
 
 def test_a_downloader_and_a_checkpoint_say_where_the_weights_are(exo_engine, tmp_path):
     path = tmp_path / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "vocab_size", 258)
-        make_reference("llama").save_pretrained(path)
-    write_tokenizer(path)
+    write_byte_checkpoint(path)
     asked = []
 
     class Downloader:

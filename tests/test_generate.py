@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_checkpoints import edit_json, make_reference, write_tokenizer
+from tiny_checkpoints import write_byte_checkpoint
 
 import fastshard
 from fastshard import Shard, ShardChain, generate_batch
@@ -17,15 +17,7 @@ SAMPLED = {"temperature": 1.2, "top_k": 60, "top_p": 0.95, "seed": 3}
 def path(tmp_path_factory):
     """A model of 258 tokens, one a byte: its text is noise, but every byte counts."""
     path = tmp_path_factory.mktemp("bytes")
-    import tiny_checkpoints
-
-    sizes = tiny_checkpoints.SIZES
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sizes, "vocab_size", 258)
-        make_reference("llama").save_pretrained(path)
-    write_tokenizer(path, chat_template="{{ messages[0].content | upper }}:")
-    edit_json(path / "config.json", eos_token_id=None)
-    (path / "generation_config.json").write_text("{}")
+    write_byte_checkpoint(path, chat_template="{{ messages[0].content | upper }}:")
     return path
 
 

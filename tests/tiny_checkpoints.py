@@ -78,6 +78,18 @@ def make_reference(family: str, seed: int = 0, **changes):
     return model
 
 
+def write_byte_checkpoint(path: Path, family: str = "llama", chat_template: str | None = None):
+    """A whole checkpoint that generates bytes, without an end of its own, in a folder of its own.
+
+    Its head_dim is the family's, but 64 for llama: one that ops.decode_step takes.
+    """
+    changes = {"head_dim": 64} if family == "llama" else {}
+    make_reference(family, vocab_size=258, **changes).save_pretrained(path)
+    write_tokenizer(path, **{"chat_template": chat_template} if chat_template else {})
+    edit_json(path / "config.json", eos_token_id=None)
+    (path / "generation_config.json").write_text("{}")
+
+
 def edit_json(path: Path, **changes) -> None:
     """Set keys of a JSON file; None removes one."""
     content = json.loads(path.read_text()) | changes

@@ -8,7 +8,12 @@ import warnings
 import pytest
 import torch
 from recorded_graphs import pretend_to_capture
-from tiny_checkpoints import FAMILIES, SIZES, edit_json, make_reference, write_tokenizer
+from tiny_checkpoints import (
+    FAMILIES,
+    SIZES,
+    make_reference,
+    write_byte_checkpoint,
+)
 from torch import Tensor
 
 import fastshard
@@ -31,13 +36,7 @@ def graphs(monkeypatch):
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("bytes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "vocab_size", 258)
-        patch.setitem(FAMILIES["llama"][2], "head_dim", 64)
-        make_reference("llama").save_pretrained(path)
-    write_tokenizer(path)
-    edit_json(path / "config.json", eos_token_id=None)
-    (path / "generation_config.json").write_text("{}")
+    write_byte_checkpoint(path)
     return path
 
 
