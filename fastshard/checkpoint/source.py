@@ -61,7 +61,7 @@ class Hub:
 
     def find(self, filename: str) -> Path | None:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.name, filename))
@@ -73,7 +73,7 @@ class Hub:
             ) from error
         except EntryNotFoundError:
             return None
-        except (OSError, ValueError) as error:  # no such repository, no access, no such id
+        except (OSError, ValueError, HTTPError) as error:  # no such repository, no access, ...
             raise self._unreachable(filename, error) from error
 
     def local(self, filename: str) -> Path | None:
@@ -84,10 +84,11 @@ class Hub:
 
     def list(self, suffix: str) -> list[str]:
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError  # its HTTP library's, no OSError in all
 
         try:
             files = HfApi().list_repo_files(self.name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPError) as error:
             raise self._unreachable("the list of files", error) from error
         return sorted(name for name in files if name.endswith(suffix) and "/" not in name)
 

@@ -79,6 +79,7 @@ def test_a_hub_model_without_tokenizer_does_not_stream(repository):
     [
         (errors.LocalEntryNotFoundError("offline"), "is not in its cache"),
         (ConnectionError("no route"), "no route"),
+        (errors.HTTPError("no answer"), "no answer"),  # no OSError where the library is httpx
     ],
 )
 def test_a_hub_that_cannot_be_reached_raises(monkeypatch, error, message):
@@ -92,13 +93,17 @@ def test_a_hub_that_cannot_be_reached_raises(monkeypatch, error, message):
         fastshard.load(REPO, device="cpu")
 
 
-def test_a_list_of_files_that_cannot_be_fetched_raises(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(ConnectionError(), "ConnectionError"), (errors.HTTPError("no answer"), "no answer")],
+)
+def test_a_list_of_files_that_cannot_be_fetched_raises(monkeypatch, error, message):
     def list_repo_files(self, repo_id):
-        raise ConnectionError
+        raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
     with pytest.raises(
-        CheckpointError, match=r"someone/tiny: cannot fetch the list of files .* ConnectionError"
+        CheckpointError, match=rf"someone/tiny: cannot fetch the list of files .* {message}"
     ):
         Hub(REPO).list(".pt")
 
