@@ -49,7 +49,7 @@ class TextGenerator:
             ValueError: a length is not in 1 to the context, or there is none; or the model is not
                 on a GPU.
         """
-        self._check_streams()
+        self._check_whole("capture_prompts")
         self.prompt_graphs = PromptGraphs(self, lengths)
 
     def stream(
@@ -92,7 +92,7 @@ class TextGenerator:
             ValueError: a setting out of its range, no tokenizer, or a prompt that is empty or does
                 not fit the context.
         """
-        self._check_streams()
+        self._check_whole("stream")
         tokens = encode_prompt(self.tokenizer, prompt, chat)
         sampling = choose_sampling(
             self.generation_defaults,
@@ -145,7 +145,7 @@ class TextGenerator:
         """
         from fastshard.pipeline import generate_in_process, text_requests
 
-        self._check_streams()
+        self._check_whole("generate_many")
         requests = text_requests(
             prompts,
             self.tokenizer,
@@ -163,8 +163,8 @@ class TextGenerator:
             self, requests, in_flight=in_flight, chunk_size=prefill_chunk_size, mode=decode
         )
 
-    def _check_streams(self) -> None:
-        """Raise where this is no whole model."""
+    def _check_whole(self, caller: str) -> None:
+        """Raise where this is no whole model, as `caller` needs."""
 
 
 class ShardChain(TextGenerator):

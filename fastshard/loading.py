@@ -33,10 +33,10 @@ class TextModel(ShardedGeneralModel, TextGenerator):
     tokenizer: TextTokenizer | None = None
     generation_defaults: GenerationDefaults = GenerationDefaults()
 
-    def _check_streams(self) -> None:
+    def _check_whole(self, caller: str) -> None:
         if self.shard.get_layer_count() != self.config.num_layers:
             raise ValueError(
-                f"stream needs all {self.config.num_layers} layers, this shard holds layers "
+                f"{caller} needs all {self.config.num_layers} layers, this shard holds layers "
                 f"{self.shard.start_layer}-{self.shard.end_layer}: put all shards into a ShardChain"
             )
 

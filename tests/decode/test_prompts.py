@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from recorded_graphs import pretend_to_capture
-from tiny_checkpoints import FAMILIES, SIZES, edit_json, make_reference, write_tokenizer
+from tiny_checkpoints import (
+    FAMILIES,
+    write_byte_checkpoint,
+)
 
 import fastshard
 from fastshard import Shard, ShardChain, generate_batch
@@ -20,13 +23,8 @@ LENGTHS = (4, 9, 16)
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "vocab_size", 258)
-        for family in FAMILIES:
-            make_reference(family).save_pretrained(folder / family)
-            write_tokenizer(folder / family)
-            edit_json(folder / family / "config.json", eos_token_id=None)
-            (folder / family / "generation_config.json").write_text("{}")
+    for family in FAMILIES:
+        write_byte_checkpoint(folder / family, family)
     return folder
 
 
@@ -152,7 +150,7 @@ def test_a_cpu_has_no_graphs(paths):
     with pytest.raises(ValueError, match=r"^a CUDA graph needs a GPU, got cpu$"):
         model.capture_prompts([4])
     part = fastshard.load(paths / "llama", shard=Shard("tiny", 0, 1, 3), device="cpu")
-    with pytest.raises(ValueError, match=r"^stream needs all 3 layers"):
+    with pytest.raises(ValueError, match=r"^capture_prompts needs all 3 layers"):
         part.capture_prompts([4])
 
 

@@ -207,7 +207,9 @@ def test_seeds_wrap_around(model):
 
 def test_a_shard_alone_has_no_text(path):
     shard = fastshard.load(path, shard=Shard("tiny", 0, 1, 3), device="cpu")
-    with pytest.raises(ValueError, match="stream needs all 3 layers, this shard holds layers 0-1"):
+    with pytest.raises(
+        ValueError, match="generate_many needs all 3 layers, this shard holds layers 0-1"
+    ):
         shard.generate_many(["a"])
 
 
