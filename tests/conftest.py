@@ -7,6 +7,8 @@ A test on the emulator must call an emulated op: else it would prove nothing abo
 Tests of argument errors, those that call ``pytest.raises``, need not.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -20,6 +22,13 @@ DEVICES = [
     pytest.param("cuda", marks=pytest.mark.cuda),
 ]
 NO_GPU = "there is no CUDA device"
+
+
+def pytest_configure(config):
+    """Share the cores among the workers of pytest-xdist, and with the processes they start."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 @pytest.fixture(params=DEVICES)

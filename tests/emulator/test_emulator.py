@@ -5,13 +5,22 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from emulator.build import CSRC, HERE, MissingTool, build_library, compiler, cuda_include
+from emulator.build import (
+    CSRC,
+    HERE,
+    MissingTool,
+    build_library,
+    compiler,
+    cuda_include,
+    only_builder,
+)
 from helpers import skip_or_fail
 
 pytestmark = pytest.mark.emulator
@@ -423,3 +432,18 @@ def test_device_fixture_proves_that_a_kernel_ran(tmp_path):
     }
     assert "the test called no emulated op" in output
     assert "csrc has no kernel of without_kernel" in output
+
+
+def test_builders_of_one_cache_take_turns(tmp_path):
+    entered = threading.Event()
+
+    def build_beside():
+        with only_builder(tmp_path):
+            entered.set()
+
+    with only_builder(tmp_path):
+        other = threading.Thread(target=build_beside)
+        other.start()
+        assert not entered.wait(0.2)
+    other.join(60)
+    assert entered.is_set()

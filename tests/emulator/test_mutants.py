@@ -5,9 +5,7 @@ as they are, and fail for the mutant.
 """
 
 import multiprocessing
-import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -892,22 +890,10 @@ def library(tmp_path_factory):
         skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"the emulator cannot be built: {error}")
 
 
-@pytest.fixture(scope="module")
-def runs(request, library, tmp_path_factory):
-    """Mutant -> the run of its check. Those selected run side by side, one on each core."""
-    mutants = [
-        item.callspec.params.get("mutant")
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {m: pool.submit(run_mutant, m, tmp_path_factory.mktemp("mutant")) for m in mutants}
-
-
 def test_checks_hold(library):
     assert run_checks(library, *checks.CHECKS) == []
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_mutant_fails(mutant, runs):
-    assert runs[mutant].result() != []
+def test_mutant_fails(mutant, library, tmp_path):
+    assert run_mutant(mutant, tmp_path) != []
