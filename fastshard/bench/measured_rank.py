@@ -22,6 +22,7 @@ from fastshard.bench.timing import Timing
 from fastshard.checkpoint import Checkpoint
 from fastshard.decode import capture
 from fastshard.dist import (
+    SUM_WAYS,
     Steps,
     TensorParallel,
     Watch,
@@ -98,11 +99,13 @@ def measure(
     flights = [_generate(pipeline, prompts[:in_flight], new_tokens) for _ in range(rounds)]
     pipeline.stop()
     hops = pipeline.hops()
+    ranks = world.tensor_parallel
     return _transfers(world, hidden, rounds, steps) | {
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "nccl": world.uses_nccl,
+        "sums": "group" if ranks is None or ranks.one_shot is None else "one_shot",
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": new_tokens,
         "tokens": streams[-1][0].tokens,
@@ -246,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", metavar="FOLDER", help="a checkpoint")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
+    parser.add_argument("--sums", choices=SUM_WAYS, default="group", help="how they add up")
     parser.add_argument("--batch", type=int, nargs="+", default=[], help="rows, of one rank")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
@@ -257,7 +261,8 @@ def main() -> None:
     launched, store = launched_rank(), torchrun_store()
     with Watch(store, launched.rank, launched.size, timeout=args.timeout) as watch:
         watch.steps.begin("connecting")
-        with join_world(tp=args.tp, device=args.device, store=store) as world:
+        settings = {"tp": args.tp, "device": args.device, "sums": args.sums}
+        with join_world(**settings, store=store) as world:
             result = measure(
                 args.folder,
                 world,

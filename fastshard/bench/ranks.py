@@ -2,8 +2,9 @@
 
 For each way to cut the model torchrun starts the ranks, which load a random checkpoint and run the
 pipeline of ``fastshard.pipeline``, see ``fastshard.bench.measured_rank``: one prompt, then two a
-stage in turns. On one GPU the prompts of the larger runs are also decoded as one batch. Tokens are
-greedy, and those of one prompt are compared with one GPU's.
+stage in turns. Ranks that share layers do so with each way to add up. On one GPU the prompts of the
+larger runs are also decoded as one batch. Tokens are greedy, and those of one prompt are compared
+with one GPU's.
 """
 
 import sys
@@ -17,6 +18,7 @@ from fastshard.bench import processes
 from fastshard.bench.case import Settings
 from fastshard.bench.checkpoints import write_checkpoint
 from fastshard.bench.presets import PRESETS
+from fastshard.dist import SUM_WAYS
 
 MODEL = "llama-3.1-8b"
 SIZES = (2, 4, 8)
@@ -52,17 +54,19 @@ def run(
             more = ["--batch", *map(str, batches), *words]
             one = _ranks(folder, 1, 1, device, settings.dtype, more)
             yield {"model": name} | one
+            sum_ways = SUM_WAYS if device == "cuda" else SUM_WAYS[:1]
             for size in sizes:
-                for tp in (1, size):
-                    found = _ranks(folder, size, tp, device, settings.dtype, words)
+                for tp, sums in [(1, SUM_WAYS[0]), *((size, sums) for sums in sum_ways)]:
+                    found = _ranks(folder, size, tp, device, settings.dtype, words, sums)
                     yield {"model": name} | _beside(one, found)
 
 
 def text(result: dict) -> str:
     """One line, aligned with those of the other benchmarks."""
     size, tp = result["ranks"], result.get("tp", 1)
-    way = "one GPU" if size == 1 else f"{size} GPUs, {f'tp {tp}' if tp > 1 else 'pipeline'}"
-    case = f"{'ranks':<10} {way:<20} {result['model']:<36}"
+    shared = f"tp {tp}, {result['sums']}" if tp > 1 else "pipeline"
+    way = "one GPU" if size == 1 else f"{size} GPUs, {shared}"
+    case = f"{'ranks':<10} {way:<24} {result['model']:<32}"
     if "error" in result:
         return f"{case} none: {result['error']}"
     stream, flight = result["stream"], result["in_flight"]
@@ -89,13 +93,20 @@ def text(result: dict) -> str:
 
 
 def _ranks(
-    folder: str, size: int, tp: int, device: str, dtype: torch.dtype, words: Sequence[str] = ()
+    folder: str,
+    size: int,
+    tp: int,
+    device: str,
+    dtype: torch.dtype,
+    words: Sequence[str] = (),
+    sums: str = SUM_WAYS[0],
 ) -> dict:
     """What rank 0 of ``size`` measures; ``words`` are more arguments of each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={size}", str(_RANK), folder, "--tp", str(tp)]
+    command += [f"--nproc-per-node={size}", str(_RANK), folder, "--tp", str(tp), "--sums", sums]
     command += ["--device", device, "--dtype", str(dtype).removeprefix("torch.")]
-    return {"ranks": size, "tp": tp} | processes.result_of([*command, *words], TIMEOUT)
+    asked = {"ranks": size, "tp": tp, "sums": sums}
+    return asked | processes.result_of([*command, *words], TIMEOUT)
 
 
 def _beside(one: dict, found: dict) -> dict:

@@ -17,10 +17,11 @@ from fastshard.dist.steps import Steps
 from fastshard.dist.tensor_parallel import TensorParallel, TensorParallelDecoder
 from fastshard.dist.verdict import RunError
 from fastshard.dist.watch import Watch
-from fastshard.dist.world import World, join_world, local_device, torchrun_store
+from fastshard.dist.world import SUM_WAYS, World, join_world, local_device, torchrun_store
 
 __all__ = [
     "MAX_TOKENS",
+    "SUM_WAYS",
     "WORKSPACE_BYTES",
     "Hop",
     "Hops",

@@ -39,7 +39,36 @@ def test_measures_every_way_to_cut(monkeypatch):
     assert pipeline["hop_us"] == pipeline["stream"]["us"] - one["stream"]["us"]
     assert pipeline["in_flight"]["requests"] == 4
     assert (tp["ranks"], tp["tp"], tp["hops"]) == (2, 2, 0)
+    assert tp["sums"] == "group"
     assert tp["in_flight"]["requests"] == 2
+
+
+def test_on_gpus_each_way_to_sum_is_measured(monkeypatch):
+    """What is known of the others does not depend on one that fails."""
+    asked = []
+
+    def result_of(words, timeout):
+        size, tp, sums = words[4].split("=")[1], words[8], words[10]
+        asked.append((int(size), int(tp), sums))
+        if tp == "2":
+            return {"error": "it took more than 9 s"}
+        return ONE | TWO if size == "2" else dict(ONE)
+
+    monkeypatch.setattr(processes, "result_of", result_of)
+    monkeypatch.setattr(ranks, "write_checkpoint", lambda path, config: None)
+    results = list(ranks.run(Settings(ranks=(2, 4))))
+    ways = [(size, tp, sums) for size in (2, 4) for tp, sums in ways_of(size)]
+    assert asked == [(1, 1, "group"), *ways]
+    assert [result.get("error") for result in results[1:4]] == [
+        None,
+        "it took more than 9 s",
+        "it took more than 9 s",
+    ]
+    assert (results[2]["sums"], results[3]["sums"]) == ("group", "one_shot")
+
+
+def ways_of(size):
+    return [(1, "group"), (size, "group"), (size, "one_shot")]
 
 
 def test_one_gpu_has_nothing_to_share(monkeypatch):
@@ -108,8 +137,15 @@ def test_text_of_one():
     [
         ({}, "2 GPUs, pipeline", "; a hop 8192 bytes, +40.0 us, 21.5 us by itself"),
         (
-            {"tp": 2, "hops": 0, "hop_bytes": None, "transfer_us": None, "sum_us": 9.25},
-            "2 GPUs, tp 2",
+            {
+                "tp": 2,
+                "sums": "one_shot",
+                "hops": 0,
+                "hop_bytes": None,
+                "transfer_us": None,
+                "sum_us": 9.25,
+            },
+            "2 GPUs, tp 2, one_shot",
             "; a sum 9.2 us by itself",
         ),
     ],
