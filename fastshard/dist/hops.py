@@ -14,7 +14,8 @@ What may wait for what, and why nothing waits in a circle:
   ``MAX_TOKENS`` for each pair of ranks in a group. One more would wait beside the layers' kernels.
   For hidden states that ends, as the last stage never waits. A token's would not: the first stage
   may be waiting for its own hidden states to be taken, and so for the last stage. So the first
-  stage takes a token before one more than ``MAX_TOKENS`` could be on their way.
+  stage takes a token before one more than ``MAX_TOKENS`` could be on their way. Then the stream of
+  the layers may wait until a send has left.
 """
 
 import warnings
