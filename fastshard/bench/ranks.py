@@ -103,6 +103,7 @@ def _ranks(
 ) -> dict:
     """What rank 0 of ``size`` measures; ``words`` are more arguments of each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr", "127.0.0.1"]  # else torchrun looks the host up, which may fail
     command += [f"--nproc-per-node={size}", str(_RANK), folder, "--tp", str(tp), "--sums", sums]
     command += ["--device", device, "--dtype", str(dtype).removeprefix("torch.")]
     asked = {"ranks": size, "tp": tp, "sums": sums}

@@ -48,7 +48,7 @@ def test_on_gpus_each_way_to_sum_is_measured(monkeypatch):
     asked = []
 
     def result_of(words, timeout):
-        size, tp, sums = words[4].split("=")[1], words[8], words[10]
+        size, tp, sums = words[6].split("=")[1], words[10], words[12]
         asked.append((int(size), int(tp), sums))
         if tp == "2":
             return {"error": "it took more than 9 s"}

@@ -55,6 +55,7 @@ def prompts_file(tmp_path):
 def torchrun(size, path, *arguments):
     """(status, stdout, stderr) of ``generate`` on so many ranks, on this host's loopback."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    launch += ["--local-addr", "127.0.0.1"]
     command = [*launch, "-m", "fastshard", "generate", "--model", str(path), "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, *command, *arguments],

@@ -25,6 +25,7 @@ from tiny_checkpoints import (
 from watched_ranks import WatchedRanks
 
 from fastshard.dist.rank_record import Process
+from helpers import CUDA_ONLY, check_place
 
 SLACK = 60  # seconds; for a busy machine
 MARK = "FASTSHARD_TEST_RUN"
@@ -47,11 +48,12 @@ def path(tmp_path_factory):
 class Run:
     """A launcher with its ranks."""
 
-    def __init__(self, size, path, *arguments, fault=None):
+    def __init__(self, size, path, *arguments, fault=None, device="cpu"):
         self.mark = uuid.uuid4().hex
         what = ["-m", "fastshard"] if fault is None else [FAULTY_RANK, *fault]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        generate = ["generate", "--model", path, "--device", "cpu", "--max-new-tokens", "4000"]
+        launcher += ["--local-addr", "127.0.0.1"]  # no name has to be looked up
+        generate = ["generate", "--model", path, "--device", device, "--max-new-tokens", "4000"]
         self.launcher = subprocess.Popen(
             [sys.executable, *launcher, *what, *generate, *arguments, "ab"],
             stdout=subprocess.PIPE,
@@ -118,6 +120,20 @@ def test_a_killed_rank_is_named_at_once(run, rank, layers):
     assert status == 1
     assert re.fullmatch(rf"fastshard: error: rank {rank} \(layers {layers}\): {DIED}", line)
     assert f"(pid {pid} on " in line
+    assert ranks.seconds < SLACK
+
+
+@CUDA_ONLY
+@pytest.mark.parametrize(("rank", "layers"), [(0, "0-0"), (1, "1-2")])
+def test_a_killed_rank_of_two_gpus_is_named_at_once(run, device, rank, layers):
+    """The other's GPU waits for it in a kernel of NCCL that never ends."""
+    check_place("cuda")
+    ranks = run(2, "--timeout", "2m", "--layers", "0,1-2", device="cuda")
+    ranks.wait_for_text()
+    os.kill(ranks.pids()[rank], signal.SIGKILL)
+    status, (line,), _ = ranks.end()
+    assert status == 1
+    assert re.fullmatch(rf"fastshard: error: rank {rank} \(layers {layers}\): {DIED}", line)
     assert ranks.seconds < SLACK
 
 
