@@ -140,7 +140,7 @@ def _transfers(world: World, hidden: torch.Tensor, rounds: int, steps: Steps) ->
             back to the first; None where there is one stage.
         sum_us: Of a sum over the ranks of a stage; None where they are one.
     """
-    steps.begin("measuring the transfers", is_patient=True)
+    steps.begin("measuring the transfers")
     ranks = world.tensor_parallel
     trip_us = _time(_round_trips(world, hidden), world.device, rounds)
     sum_us = _time(_sums(ranks, hidden), world.device, rounds)
