@@ -4,7 +4,8 @@ Of a few layers, or on a CPU, of a folder with a checkpoint:
 
     torchrun --nproc-per-node 2 fastshard/bench/measured_rank.py FOLDER [--tp 2] [--device cpu]
 
-Layers are cut so that stages read about as many bytes for a token: these GPUs are alike.
+Layers are cut so that stages read about as many bytes for a token: these GPUs are alike. Steps are
+made as ``FASTSHARD_DECODE`` says.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 
 from fastshard.bench.timing import Timing
 from fastshard.checkpoint import Checkpoint
-from fastshard.decode import capture
+from fastshard.decode import capture, check_mode
 from fastshard.dist import (
     SUM_WAYS,
     Steps,
@@ -86,7 +87,7 @@ def measure(
         del model  # a GPU may not hold the weights twice
         gc.collect()
     layers = even_layers(checkpoint.config, world.num_stages, dtype, context)
-    settings = Settings(context=context, dtype=dtype, in_flight=in_flight, layers=layers)
+    settings = Settings(context, dtype, in_flight, layers, mode=check_mode(None))
     pipeline = Pipeline(checkpoint, world, settings, steps=steps)
     hidden = torch.zeros((1, checkpoint.config.hidden_size), dtype=dtype, device=world.device)
     if world.rank > 0:
@@ -105,6 +106,7 @@ def measure(
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "nccl": world.uses_nccl,
+        "decode": settings.mode,
         "sums": "group" if ranks is None or ranks.one_shot is None else "one_shot",
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": new_tokens,

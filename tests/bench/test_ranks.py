@@ -17,6 +17,7 @@ TINY |= {"max_position_embeddings": 512}
 
 
 def test_measures_every_way_to_cut(monkeypatch):
+    monkeypatch.setenv("FASTSHARD_DECODE", "eager")
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["llama-3.2-1b"] | TINY)
     settings = Settings(models=("tiny",), dtype=torch.float32, ranks=(2,))
     words = ["--new-tokens", "25", "--rounds", "2"]
@@ -30,6 +31,7 @@ def test_measures_every_way_to_cut(monkeypatch):
         assert found["same_tokens"] == len(found["tokens"]) == 25
         assert found["times_one"] == one["stream"]["us"] / found["stream"]["us"]
     assert len(set(one["tokens"])) > 1
+    assert one["decode"] == "eager"
     assert (pipeline["ranks"], pipeline["tp"]) == (2, 1)
     assert (pipeline["hops"], pipeline["hop_bytes"]) == (1, 128 * 4)
     assert (one["layers"], pipeline["layers"], tp["layers"]) == ([3], [2, 1], [3])
