@@ -46,6 +46,11 @@ def decode_mode() -> str:
     return os.environ.get("FASTSHARD_DECODE") or "auto"
 
 
+def sum_way() -> str:
+    """How ranks that share layers add up where the caller does not say: ``FASTSHARD_SUMS``."""
+    return os.environ.get("FASTSHARD_SUMS") or "group"
+
+
 def emits_nvtx() -> bool:
     """Whether commands put NVTX ranges around layers and ops: ``FASTSHARD_NVTX`` is 1."""
     return os.environ.get("FASTSHARD_NVTX") == "1"

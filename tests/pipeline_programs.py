@@ -61,9 +61,11 @@ class Outcome(NamedTuple):
     modes: list[set[tuple[bool, bool]]]
 
 
-def run_cases(cases: list[Case], tp: int = 1, device: str = "cpu") -> list[Outcome]:
+def run_cases(
+    cases: list[Case], tp: int = 1, device: str = "cpu", sums: str | None = None
+) -> list[Outcome]:
     """Run all in one world."""
-    with join_world(tp=tp, device=device) as world:
+    with join_world(tp=tp, device=device, sums=sums) as world:
         return [run_case(world, case) for case in cases]
 
 

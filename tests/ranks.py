@@ -26,12 +26,13 @@ def _start_forkserver() -> None:
         os.chdir(here)
 
 
-def run_ranks(size: int, program: str, *arguments: Any) -> list[Any]:
+def run_ranks(size: int, program: str, *arguments: Any, limit: float = LIMIT) -> list[Any]:
     """Run a function on ``size`` ranks with the environment of torchrun.
 
     Args:
         program: ``module:function`` of a module that tests can import.
         arguments: Of the function; pickled.
+        limit: Seconds in which one more rank has to return.
 
     Returns:
         What each rank returned.
@@ -57,7 +58,7 @@ def run_ranks(size: int, program: str, *arguments: Any) -> list[Any]:
         theirs.close()
         ranks.append((process, ours))
     try:
-        return _results({pipe: rank for rank, (_, pipe) in enumerate(ranks)})
+        return _results({pipe: rank for rank, (_, pipe) in enumerate(ranks)}, limit)
     finally:  # each has said its last word, or nobody wants it
         for process, _ in ranks:
             process.kill()
@@ -71,13 +72,13 @@ def package_file() -> str:
     return fastshard.__file__
 
 
-def _results(pipes: dict[Connection, int]) -> list[Any]:
+def _results(pipes: dict[Connection, int], limit: float) -> list[Any]:
     """What the ranks returned; the first that raises or dies ends the wait for all."""
     results = [None] * len(pipes)
     pending = dict(pipes)
     while pending:
-        ready = wait(list(pending), LIMIT)
-        assert ready, f"ranks {sorted(pending.values())} said nothing for {LIMIT} s"
+        ready = wait(list(pending), limit)
+        assert ready, f"ranks {sorted(pending.values())} said nothing for {limit} s"
         for pipe in ready:
             rank = pending.pop(pipe)
             try:

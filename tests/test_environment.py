@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from fastshard.environment import cache_dir, decode_mode, launch_attempt, launcher_error_file
+from fastshard.environment import (
+    cache_dir,
+    decode_mode,
+    launch_attempt,
+    launcher_error_file,
+    sum_way,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +39,16 @@ def test_decode_mode(monkeypatch, value, expected):
     if value is not None:
         monkeypatch.setenv("FASTSHARD_DECODE", value)
     assert decode_mode() == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, "group"), ("", "group"), ("one_shot", "one_shot")]
+)
+def test_sum_way(monkeypatch, value, expected):
+    monkeypatch.delenv("FASTSHARD_SUMS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FASTSHARD_SUMS", value)
+    assert sum_way() == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, 0), ("", 0), ("2", 2)])

@@ -1,4 +1,4 @@
-"""What the ranks of tests/dist/test_watch.py run."""
+"""What ranks under a ``Watch`` run: in tests/dist/test_watch.py, and the command line itself."""
 
 import ctypes
 import json
@@ -9,9 +9,11 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import faulty_rank
 import torch
 import torch.distributed as dist
 
+from fastshard import cli
 from fastshard.dist import RunError, Watch, torchrun_store
 
 PERIOD = 0.05
@@ -184,3 +186,11 @@ def launch(how):
     if os.fork() == 0:
         fail(how, [])
     wait_forever()
+
+
+def command(arguments, fault=None):
+    """The command line; the last rank has a fault."""
+    rank, size = rank_and_size()
+    if fault is not None and rank == size - 1:
+        faulty_rank.plant(fault, arguments)
+    sys.exit(cli.main(arguments))

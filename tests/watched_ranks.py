@@ -1,4 +1,7 @@
-"""Ranks that a ``Watch`` ends, in processes of their own: their exit codes, and what they wrote."""
+"""Ranks under a ``Watch``, in processes of their own: their exit codes, and what they wrote.
+
+They are forked from a process that has imported torch: a launcher and its ranks take seconds to.
+"""
 
 import importlib
 import json
@@ -50,9 +53,9 @@ class WatchedRanks:
                 "MASTER_PORT": port or self.store.port,
                 "TORCHELASTIC_USE_AGENT_STORE": not rank_0_keeps_store,
             }
-            error_path = str(path / f"stderr{rank}")
+            outputs = [str(path / f"{name}{rank}") for name in ("stdout", "stderr")]
             process = _CONTEXT.Process(
-                target=_run, args=(error_path, environment, function, arguments)
+                target=_run, args=(outputs, environment, function, arguments)
             )
             process.start()
             self.processes.append(process)
@@ -96,6 +99,10 @@ class WatchedRanks:
         """What each rank wrote to stderr."""
         return [(self._path / f"stderr{rank}").read_text() for rank in range(self.size)]
 
+    def printed(self) -> list[str]:
+        """What each rank wrote to stdout."""
+        return [(self._path / f"stdout{rank}").read_text() for rank in range(self.size)]
+
     def message(self) -> str:
         """The only thing that any rank wrote."""
         (message,) = [text for text in self.errors() if text]
@@ -108,11 +115,11 @@ class WatchedRanks:
         return message
 
 
-def _run(error_path: str, environment: dict[str, Any], function: str, arguments: tuple) -> None:
+def _run(outputs: list[str], environment: dict[str, Any], function: str, arguments: tuple) -> None:
     import torch
 
     torch.set_num_threads(1)
     os.environ.update({name: str(value) for name, value in environment.items()})
-    error_file = os.open(error_path, os.O_WRONLY | os.O_CREAT)
-    os.dup2(error_file, sys.stderr.fileno())
+    for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     getattr(importlib.import_module("watch_programs"), function)(*arguments)

@@ -1,9 +1,11 @@
 """What the ranks of tests/dist/test_world.py run."""
 
+import time
+
 import torch
 import torch.distributed as dist
 
-from fastshard.dist import connect, join_world
+from fastshard.dist import MAX_TOKENS, connect, join_world
 
 
 def describe(tp: int) -> dict:
@@ -94,6 +96,43 @@ def send_ahead() -> list:
         got = [source.receive(into[:1]).flatten().tolist() for _ in range(3)]
         hop.finish()
         return [got, hops.forward.sent, hops.back.sent, into[1:].any().item()]
+
+
+def send_over_nccl() -> tuple[list[int], bool]:
+    """Of two ranks with a GPU each: the tokens that rank 0 got, and whether the hidden states came.
+
+    Tokens leave before rank 0 receives any. Hidden states are of all sizes, and of static buffers
+    that are written again as soon as the stream may.
+    """
+    with join_world(device="cuda") as world:
+        assert world.uses_nccl
+        hops, tokens, are_right = connect(world), [], True
+        if world.is_last_stage:
+            for i in range(MAX_TOKENS):
+                token = torch.full((1,), i, dtype=torch.int64, device=world.device)
+                hops.back.send(token, num_tokens=1, max_on_their_way=0)
+            _await_gpu(20)
+        world.gather(None)
+        if world.is_first_stage:
+            into = torch.zeros(1, dtype=torch.int64, device=world.device)
+            tokens = [hops.back.receive(into).item() for _ in range(MAX_TOKENS)]
+        for num_tokens in (1, 3, 700):
+            x = torch.empty(1, num_tokens, 8192, dtype=torch.bfloat16, device=world.device)
+            for i in range(30):
+                if world.is_first_stage:
+                    hops.forward.send(x.fill_(i), num_tokens=num_tokens, max_on_their_way=0)
+                else:
+                    are_right = hops.forward.receive(x).eq(i).all().logical_and(are_right)
+        return tokens, bool(are_right)
+
+
+def _await_gpu(seconds: float) -> None:
+    """Fail where what was launched is not done by then."""
+    event = torch.cuda.Event()
+    event.record()
+    end = time.monotonic() + seconds
+    while not event.query():
+        assert time.monotonic() < end, f"the GPU is not done after {seconds} s"
 
 
 def hops_of_one_stage() -> bool:

@@ -72,6 +72,7 @@ def _add_bench(commands) -> None:
         help="keys in the cache; tokens of prefill",
     )
     add("--layers", metavar="N", type=count, help="only the first N layers of each model")
+    add("--ranks", metavar="N", nargs="+", type=count, help="GPUs of ranks (default: 2 4 8)")
     add("--decode", metavar="MODE", nargs="+", choices=DECODE_MODES, help="our ways to decode")
     add("--dtype", choices=DTYPES[1:], default="bfloat16", help="default: bfloat16")
     add(
@@ -144,6 +145,7 @@ def run_bench(args: argparse.Namespace) -> int:
         compiles_all=args.compile_all,
         dtype=getattr(torch, args.dtype),
         num_layers=args.layers,
+        ranks=args.ranks and tuple(args.ranks),
     )
     run(
         BENCHMARKS if "all" in (args.benchmarks or ("all",)) else args.benchmarks,

@@ -107,6 +107,7 @@ class Settings:
         compiles_all: Compile peers also where it takes minutes.
         dtype: Of weights and activations.
         num_layers: Of every model; None: all.
+        ranks: GPUs of ``bench ranks``.
         deadline: On the clock of ``time.monotonic``: nothing is compiled from then on.
     """
 
@@ -118,6 +119,7 @@ class Settings:
     compiles_all: bool = False
     dtype: torch.dtype = torch.bfloat16
     num_layers: int | None = None
+    ranks: tuple[int, ...] | None = None
     deadline: float = float("inf")
 
 

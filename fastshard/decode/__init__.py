@@ -20,7 +20,7 @@ from fastshard.decode.modes import (
 )
 from fastshard.decode.prompts import PromptGraphs
 from fastshard.decode.shard_step import decode_weights
-from fastshard.decode.static import Part, StaticDecoding, by_device
+from fastshard.decode.static import Part, StaticDecoding, by_device, capture
 from fastshard.sampling import Sampling
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "StaticDecoding",
     "WholeModel",
     "by_device",
+    "capture",
     "check_mode",
     "choose_mode",
     "decode_weights",

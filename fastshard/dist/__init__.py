@@ -1,7 +1,7 @@
 """Many devices: which of them holds which layers, and the processes that run them."""
 
 from fastshard.dist.fit import WORKSPACE_BYTES, check_fit
-from fastshard.dist.hops import Hop, Hops, Sent, connect
+from fastshard.dist.hops import MAX_TOKENS, Hop, Hops, Sent, connect
 from fastshard.dist.identity import check_same
 from fastshard.dist.partition import (
     RankShare,
@@ -17,9 +17,11 @@ from fastshard.dist.steps import Steps
 from fastshard.dist.tensor_parallel import TensorParallel, TensorParallelDecoder
 from fastshard.dist.verdict import RunError
 from fastshard.dist.watch import Watch
-from fastshard.dist.world import World, join_world, local_device, torchrun_store
+from fastshard.dist.world import SUM_WAYS, World, join_world, local_device, torchrun_store
 
 __all__ = [
+    "MAX_TOKENS",
+    "SUM_WAYS",
     "WORKSPACE_BYTES",
     "Hop",
     "Hops",

@@ -33,6 +33,11 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("/gloo/" in text or "NCCL" in text)
 
 
+def is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU stopped working, which may follow from the death of one that shared memory."""
+    return isinstance(error, RuntimeError) and "CUDA error: " in str(error)
+
+
 def count_oom_kills() -> int:
     """How many processes the kernel has killed for want of memory since this machine started."""
     if not _VMSTAT.exists():

@@ -7,10 +7,15 @@ What may wait for what, and why nothing waits in a circle:
 - A hidden state waits for nobody but the next stage, which waits for its own next stage, and so on
   up to the last. So a rank may wait for hidden states to be taken, and bound those on their way.
 - A token waits for the first stage, which may just be busy with another request. So the last stage
-  must never wait for tokens to be taken: it may have one on its way for each request in flight.
+  must never wait for tokens to be taken.
 - NCCL: a receive is launched only where the stream of the layers waits for it next. Beside one that
   waits longer, a persistent kernel, which needs all of its blocks resident at once, might not get
-  in. Sends leave without their receiver: NCCL buffers several small ones for each pair of ranks.
+  in. A send leaves without its receiver while NCCL has a free place for it, of which it has
+  ``MAX_TOKENS`` for each pair of ranks in a group. One more would wait beside the layers' kernels.
+  For hidden states that ends, as the last stage never waits. A token's would not: the first stage
+  may be waiting for its own hidden states to be taken, and so for the last stage. So the first
+  stage takes a token before one more than ``MAX_TOKENS`` could be on their way. Then the stream of
+  the layers may wait until a send has left.
 """
 
 import warnings
@@ -22,6 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastshard.dist.world import World
+
+MAX_TOKENS = 8
+"""Tokens that may be on their way to the first stage: ``NCCL_STEPS``, places of a buffer."""
 
 
 class Sent(NamedTuple):

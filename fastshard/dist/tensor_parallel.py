@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastshard import ops
+from fastshard.dist.one_shot import OneShotSum
 from fastshard.models import (
     ModelConfig,
     Shard,
@@ -41,6 +42,7 @@ class TensorParallel:
         index: Which part it holds.
         size: Ranks in the group.
         group: Theirs alone, in the order of the parts; None: PyTorch's default group.
+        one_shot: Sums what it takes; None: the group sums everything.
 
     Raises:
         ValueError: not ``0 <= index < size``.
@@ -49,15 +51,18 @@ class TensorParallel:
     index: int
     size: int
     group: dist.ProcessGroup | None = None
+    one_shot: OneShotSum | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.size:
             raise ValueError(f"index must be 0 to size - 1 = {self.size - 1}, got {self.index}")
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None = None) -> "TensorParallel":
+    def of(
+        cls, group: dist.ProcessGroup | None = None, one_shot: OneShotSum | None = None
+    ) -> "TensorParallel":
         """This rank's place in ``group``."""
-        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+        return cls(dist.get_rank(group), dist.get_world_size(group), group, one_shot)
 
     @property
     def is_capturable(self) -> bool:
@@ -91,6 +96,8 @@ class TensorParallel:
 
         This is the one place where the way to sum is chosen.
         """
+        if self.one_shot is not None and self.one_shot.takes(x):
+            return self.one_shot.add_up(x)
         dist.all_reduce(x, group=self.group)
         return x
 

@@ -15,7 +15,13 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from fastshard.dist.causes import count_oom_kills, describe, is_expected, is_lost_connection
+from fastshard.dist.causes import (
+    count_oom_kills,
+    describe,
+    is_device_fault,
+    is_expected,
+    is_lost_connection,
+)
 from fastshard.dist.ending import end_together, end_without_store, tell_launcher
 from fastshard.dist.rank_record import Process, RankRecord
 from fastshard.dist.signals import Signals
@@ -70,9 +76,10 @@ class Watch:
         self._guard = threading.Thread(target=self._run_guard, name="fastshard guard", daemon=True)
 
     def __enter__(self) -> "Watch":
-        # Else NCCL, whose groups come later, aborts a rank whose neighbour has died, which would
-        # then be dead as well and say nothing.
+        # Else threads of the NCCL groups, which come later, abort a rank whose neighbour has died,
+        # or whose GPU reports an error: it would then be dead as well and say nothing.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
         self._signals.catch()
         self._beats.start()
         self._guard.start()
@@ -181,7 +188,7 @@ class Watch:
             return Verdict("exit", status=status, is_quiet=True)
         if isinstance(error, RunError):
             return Verdict(describe(error))
-        if error is None or is_lost_connection(error):
+        if error is None or is_lost_connection(error) or is_device_fault(error):
             return None
         return self._of_me(describe(error))
 
@@ -189,6 +196,8 @@ class Watch:
         """What may be the fault of another rank, of which nothing is known yet."""
         if self._error is not None and is_lost_connection(self._error):
             return self._of_me(f"lost its connection to another rank, {describe(self._error)}")
+        if self._error is not None and is_device_fault(self._error):
+            return self._of_me(describe(self._error))
         if os.getppid() != self._me.launcher:
             return self._of_me(f"its launcher (pid {self._me.launcher}) has ended")
         if signal.SIGTERM in self._signals.seen:

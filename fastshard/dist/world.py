@@ -1,6 +1,7 @@
 """World: this process among those that torchrun started, and the groups that they talk in."""
 
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -8,12 +9,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from fastshard.dist.causes import describe
+from fastshard.dist.one_shot import OneShotSum, Place, one_shot_refusal
 from fastshard.dist.tensor_parallel import TensorParallel
-from fastshard.environment import launched_rank
+from fastshard.environment import launched_rank, sum_way
 
 # Whoever watches the ranks ends a run that hangs. A limit of the groups' own would end a sound one
 # whose ranks wait for work, and on GPUs abort the process without a word of ours.
 _NO_LIMIT = timedelta(days=365)
+
+SUM_WAYS = ("group", "one_shot")
+"""How ranks that share layers add up: by their process group, or small sums by ``OneShotSum``."""
 
 
 class Groups(NamedTuple):
@@ -48,6 +54,7 @@ class World:
         store: What torchrun's ranks share, a key-value store; None where there is one rank. The
             groups keep keys in it too: for others, take a ``PrefixStore``.
         groups: ``Groups``, or None where there is one rank.
+        tensor_parallel: This rank among those that share its stage's layers; None where it is one.
         num_sharing: Ranks on this rank's device, itself included; the CPUs of a host are one.
         uses_nccl: Whether the groups of tensors are NCCL's. Else they are gloo's, and what is on a
             GPU travels by way of the host.
@@ -61,6 +68,7 @@ class World:
         tp: int = 1,
         device: torch.device | str = "cpu",
         store: "dist.Store | None" = None,
+        sums: str = "group",
     ):
         """Join ``size - 1`` other processes; waits for them. See ``join_world``."""
         if tp < 1 or size % tp:
@@ -75,11 +83,15 @@ class World:
         self.device: torch.device = torch.device(device)
         self.store = store
         self.groups: Groups | None = None
+        self.tensor_parallel: TensorParallel | None = None
         self._drops: list[Callable[[], None]] = []
         self.num_sharing: int = 1
         self.uses_nccl: bool = False
         if size > 1:
             self._connect()
+        if tp > 1:
+            one_shot = self._meet_for_one_shot() if sums == "one_shot" else None
+            self.tensor_parallel = TensorParallel.of(self.groups.tensor, one_shot)
 
     def _connect(self) -> None:
         if self.device.type == "cuda":
@@ -110,6 +122,25 @@ class World:
         backend = "nccl" if self.uses_nccl else "gloo"
         return dist.new_group(list(ranks), timeout=_NO_LIMIT, backend=backend)
 
+    def _meet_for_one_shot(self) -> OneShotSum | None:
+        """Where any rank cannot, none does, and rank 0 says why."""
+        places = self.gather(Place(socket.gethostname(), self.device.index or 0))
+        one_shot, refusal = None, "the ranks talk by gloo"
+        if self.uses_nccl:
+            refusal = one_shot_refusal([places[rank] for rank in self.ranks_of(self.stage)])
+        if refusal is None:
+            try:
+                one_shot = OneShotSum.meet(self.groups.tensor, self.device)
+            except (RuntimeError, AttributeError, ImportError) as error:
+                refusal = describe(error)
+        refusal = next(filter(None, self.gather(refusal)), None)
+        if refusal is None:
+            return one_shot
+        if self.rank == 0:
+            text = f"sums in one shot are not possible, falling back to the group's: {refusal}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        return None
+
     @property
     def stage(self) -> int:
         """Place in the pipeline, from 0."""
@@ -123,11 +154,6 @@ class World:
     def tp_index(self) -> int:
         """Place among the ranks of this stage, from 0."""
         return self.rank % self.tp
-
-    @property
-    def tensor_parallel(self) -> TensorParallel | None:
-        """This rank among those that share its stage's layers; None where it is alone."""
-        return None if self.tp == 1 else TensorParallel.of(self.groups.tensor)
 
     @property
     def is_first_stage(self) -> bool:
@@ -169,7 +195,7 @@ class World:
         """Leave. Every rank must, when all that it sent or receives is done."""
         self._drop_all()
         if self.groups is not None:
-            self.groups = None
+            self.groups = self.tensor_parallel = None
             dist.destroy_process_group()
 
     def __enter__(self) -> "World":
@@ -192,6 +218,7 @@ def join_world(
     tp: int = 1,
     device: torch.device | str = "cpu",
     store: "dist.Store | None" = None,
+    sums: str | None = None,
 ) -> World:
     """Join the processes that torchrun started, by its environment; without it, be alone.
 
@@ -200,17 +227,22 @@ def join_world(
         device: Of this rank, as ``local_device`` takes it. Ranks may share a GPU, which NCCL does
             not allow: they talk by gloo then.
         store: What ``torchrun_store`` found; None: looked for here.
+        sums: How ranks that share layers add up, one of ``SUM_WAYS``; None: as ``FASTSHARD_SUMS``
+            says, else ``group``. Where one shot is not possible they fall back, with a warning.
 
     Raises:
-        ValueError: ``tp`` does not divide the number of ranks.
+        ValueError: ``tp`` does not divide the number of ranks, or there is no such way.
         RuntimeError: the store is not reached.
     """
     device = local_device(device)
+    name, sums = ("sums", sums) if sums is not None else ("FASTSHARD_SUMS", sum_way())
+    if sums not in SUM_WAYS:
+        raise ValueError(f"{name} must be one of {', '.join(SUM_WAYS)}, got {sums!r}")
     launched = launched_rank()
     if launched is None or launched.size == 1:
         return World(tp=tp, device=device)
     store = store or torchrun_store()
-    return World(launched.rank, launched.size, tp=tp, device=device, store=store)
+    return World(launched.rank, launched.size, tp=tp, device=device, store=store, sums=sums)
 
 
 def torchrun_store(timeout: float = 300.0) -> "dist.Store":

@@ -2,7 +2,8 @@
 
 Requests share the pipeline in turns, one slot each, always in one order: a turn of a slot is one
 chunk of its prompt or one step. So tokens leave the last stage in the order in which rank 0 takes
-them. A slot whose request ended takes the next one in the same turn.
+them: at the next turn of their slot, or before where ``MAX_TOKENS`` are on their way. A slot whose
+request ended takes the next one in the same turn.
 """
 
 from collections import deque
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from fastshard.dist import MAX_TOKENS
 from fastshard.pipeline.channel import Channel
 from fastshard.pipeline.commands import Chunk, Collect, Command, Start, Step, Stop
 from fastshard.pipeline.rank import PipelineRank
@@ -95,11 +97,10 @@ class Engine:
         been launched a whole round ago. So at most one step of a request is in vain.
         """
         reader = self._readers[flight.slot]
-        has_collected = flight.is_launched
-        if has_collected:
+        has_launched, flight.is_launched = flight.is_launched, False
+        if flight.slot in self._not_collected:  # as the oldest: slots have their turns in order
             self._collect()
-            flight.is_launched = False
-        takes = reader.num_pending > reader.lag or (reader.num_pending > 0 and not has_collected)
+        takes = reader.num_pending > reader.lag or (reader.num_pending > 0 and not has_launched)
         if takes:
             self._rank.steps.awaits = True
             token = reader.pop()
@@ -110,6 +111,8 @@ class Engine:
         return takes
 
     def _launch(self, flight: "_Flight") -> None:
+        if len(self._not_collected) == MAX_TOKENS:
+            self._collect()
         command, tokens = flight.next_command(self._rank.chunk_size)
         self._do(command, tokens)
         if flight.is_launched:
@@ -144,7 +147,7 @@ class _Flight:
     """A request in its slot.
 
     Attributes:
-        is_launched: A token was launched, and not collected.
+        is_launched: A token was launched in the last turn.
         num_to_launch: Commands that may follow: at least 1 where the prompt goes on.
         has_ended: It wants no more tokens.
     """

@@ -59,6 +59,9 @@ class PipelineRank:
         self.steps: Steps = steps or Steps()
         self.num_done: int = 0
         self._forward, self._back = (None, None) if hops is None else hops
+        # NCCL takes a small tensor at once, and the stream waits for that: else the next step, of a
+        # persistent kernel that fills the GPU, may begin first, and the tensor leave a step later.
+        self._max_on_their_way = 0 if world.uses_nccl else num_slots
         self._device = models[0].device
         self.steps.begin("preparing its graphs")
         chosen, reason = choose_mode(mode, models, 1)
@@ -102,11 +105,11 @@ class PipelineRank:
             y = slot.prefill(x, command.start, is_last=command.is_last)
             if y is not None:
                 # At most one more chunk on its way: they are large.
-                self._pass_on(command.slot, y, command.num_tokens, max_on_their_way=1)
+                self._pass_on(command.slot, y, command.num_tokens, 1)
         elif isinstance(command, Step):
             if not self.world.is_first_stage:
                 self._forward.receive(slot.x)
-            self._pass_on(command.slot, slot.step(), 1, max_on_their_way=self.num_slots)
+            self._pass_on(command.slot, slot.step(), 1, self._max_on_their_way)
         elif isinstance(command, Collect):
             self._collect(command.slot)
         self.num_done += 1
@@ -138,7 +141,8 @@ class PipelineRank:
             x = x.pin_memory()  # else the copy waits for all that was launched before
         return x.to(self._device, non_blocking=True)
 
-    def _pass_on(self, slot: int, y: Tensor, num_tokens: int, *, max_on_their_way: int) -> None:
+    def _pass_on(self, slot: int, y: Tensor, num_tokens: int, max_on_their_way: int) -> None:
+        """Send the hidden states, of which only so many may be on their way, or the token."""
         if not self.world.is_last_stage:
             self._forward.send(
                 y.contiguous(), num_tokens=num_tokens, max_on_their_way=max_on_their_way
@@ -146,7 +150,7 @@ class PipelineRank:
         elif self._back is None:
             self._tokens[slot] = y
         else:
-            self._back.send(y, num_tokens=1, max_on_their_way=self.num_slots)
+            self._back.send(y, num_tokens=1, max_on_their_way=self._max_on_their_way)
 
     def _collect(self, slot: int) -> None:
         if self._back is None:

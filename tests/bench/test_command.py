@@ -81,7 +81,19 @@ def test_every_argument_arrives(monkeypatch, tmp_path):
     monkeypatch.setattr(command, "run", lambda *args, **keywords: given.update(keywords, args=args))
     path = tmp_path / "x.json"
     arguments = ["mlp", "decode", "--model", "llama-2-7b", "qwen2.5-7b", "--batch", "1", "8"]
-    arguments += ["--context", "64", "--layers", "2", "--decode", "graph", "--dtype", "float16"]
+    arguments += [
+        "--context",
+        "64",
+        "--layers",
+        "2",
+        "--ranks",
+        "2",
+        "4",
+        "--decode",
+        "graph",
+        "--dtype",
+        "float16",
+    ]
     arguments += ["--vs", "eager,autotune", "--compile-all", "--time-limit", "9", "--rounds", "7"]
     arguments += ["--json", str(path), "--plot", "x.svg"]
     assert bench(*arguments) == 0
@@ -96,6 +108,7 @@ def test_every_argument_arrives(monkeypatch, tmp_path):
         compiles_all=True,
         dtype=torch.float16,
         num_layers=2,
+        ranks=(2, 4),
     )
     del given["say"]
     assert given == {

@@ -6,7 +6,13 @@ import torch.distributed as dist
 
 from fastshard import CheckpointError
 from fastshard.dist import causes
-from fastshard.dist.causes import count_oom_kills, describe, is_expected, is_lost_connection
+from fastshard.dist.causes import (
+    count_oom_kills,
+    describe,
+    is_device_fault,
+    is_expected,
+    is_lost_connection,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,19 @@ def test_an_error_is_one_line(error, text):
 )
 def test_a_lost_connection_is_told_from_a_fault(error, is_lost):
     assert is_lost_connection(error) is is_lost
+
+
+@pytest.mark.parametrize(
+    ("error", "is_fault"),
+    [
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("CUDA error: 7"), False),
+    ],
+)
+def test_a_fault_of_a_device_is_told_from_want_of_memory(error, is_fault):
+    assert is_device_fault(error) is is_fault
 
 
 def test_kills_for_want_of_memory_are_counted(monkeypatch, tmp_path):

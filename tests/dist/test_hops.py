@@ -3,7 +3,8 @@
 import torch
 from ranks import run_ranks
 
-from fastshard.dist import Sent, World, connect
+from fastshard.dist import MAX_TOKENS, Sent, World, connect
+from helpers import CUDA_ONLY, NCCL_LIMIT, check_place
 
 
 def test_tensors_wait_on_their_way_for_a_rank_that_is_busy():
@@ -20,3 +21,11 @@ def test_tensors_wait_on_their_way_for_a_rank_that_is_busy():
 def test_one_stage_has_no_hops():
     assert connect(World()) is None
     assert run_ranks(2, "world_programs:hops_of_one_stage") == [True, True]
+
+
+@CUDA_ONLY
+def test_tokens_leave_two_gpus_unasked(device):
+    """As many as may be on their way; else the last stage would wait for the first."""
+    check_place("cuda")
+    results = run_ranks(2, "world_programs:send_over_nccl", limit=NCCL_LIMIT)
+    assert results == [(list(range(MAX_TOKENS)), True), ([], True)]

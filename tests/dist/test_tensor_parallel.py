@@ -13,7 +13,7 @@ import decoder_reference as reference
 import fastshard
 from fastshard import ModelConfig, Shard, ShardedGeneralModel, generate_batch
 from fastshard.dist import TensorParallel
-from helpers import CUDA_ONLY, TWO_PLACES, assert_as_accurate, check_place
+from helpers import CUDA_ONLY, NCCL_LIMIT, TWO_PLACES, assert_as_accurate, check_place
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias", "k_proj.bias")
@@ -96,7 +96,7 @@ def test_two_ranks_on_gpus_are_as_accurate_as_pytorch(device, place, tmp_path):
     sizes = HEADS | {"hidden_size": 512, "head_dim": 64, "intermediate_size": 768}
     for family in FAMILIES:
         make_reference(family, **sizes).save_pretrained(tmp_path / family)
-    run_ranks(2, "tensor_parallel_ranks:share_on_gpus", tmp_path, place)
+    run_ranks(2, "tensor_parallel_ranks:share_on_gpus", tmp_path, place, limit=3 * NCCL_LIMIT)
     warning = "decode mode persistent is not possible, falling back to eager: a CUDA graph cannot "
     warning += "hold a sum over ranks by other than nccl"
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

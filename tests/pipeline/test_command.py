@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_checkpoints import SIZES, edit_json, make_reference, write_tokenizer
+from watched_ranks import WatchedRanks
 
 import fastshard
 from fastshard import arguments, cli, generate_command
@@ -54,6 +55,7 @@ def prompts_file(tmp_path):
 def torchrun(size, path, *arguments):
     """(status, stdout, stderr) of ``generate`` on so many ranks, on this host's loopback."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    launch += ["--local-addr", "127.0.0.1"]
     command = [*launch, "-m", "fastshard", "generate", "--model", str(path), "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, *command, *arguments],
@@ -66,14 +68,29 @@ def torchrun(size, path, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.fixture
+def on_ranks(tmp_path):
+    """As ``torchrun``, of ranks that no launcher started: (their statuses, stdouts, stderr)."""
+    started = []
+
+    def run(size, path, *arguments):
+        words = ["generate", "--model", str(path), "--device", "cpu", *arguments]
+        started.append(WatchedRanks(tmp_path, size, "command", words))
+        return started[-1].exit_codes(), started[-1].printed(), "".join(started[-1].errors())
+
+    yield run
+    for ranks in started:
+        ranks.__exit__()
+
+
 def lines(texts):
     return [{"prompt": p, "text": text} for p, text in zip(PROMPTS, texts, strict=True)]
 
 
-def test_one_prompt_by_hand_on_two_ranks(path, expected):
-    status, out, err = torchrun(2, path, "ab", "--layers", "0,1-2", *WORDS)
-    assert status == 0, err
-    assert out == expected[0] + "\n"
+def test_one_prompt_by_hand_on_two_ranks(on_ranks, path, expected):
+    statuses, printed, err = on_ranks(2, path, "ab", "--layers", "0,1-2", *WORDS)
+    assert statuses == [0, 0], err
+    assert printed == [expected[0] + "\n", ""]
     figures = r"2 prompt tokens in \d+\.\d\d s, 7 new tokens at [\d.]+ tokens/s"
     assert re.fullmatch(f"{figures}, 192 bytes a token over each of 1 hops\n", own_lines(err))
 
@@ -92,19 +109,19 @@ def test_a_file_of_prompts_on_three_ranks(path, expected, prompts_file):
     assert re.fullmatch(f"{figures}, 192 bytes a token over each of 2 hops\n", own_lines(err))
 
 
-def test_two_ranks_that_share_each_layer(path, expected):
-    status, out, err = torchrun(2, path, "ab", "--tp", "2", *WORDS)
-    assert status == 0, err
-    assert out == expected[0] + "\n"
+def test_two_ranks_that_share_each_layer(on_ranks, path, expected):
+    statuses, printed, err = on_ranks(2, path, "ab", "--tp", "2", *WORDS)
+    assert statuses == [0, 0], err
+    assert printed == [expected[0] + "\n", ""]
     figures = r"2 prompt tokens in \d+\.\d\d s, 7 new tokens at [\d.]+ tokens/s"
     assert re.fullmatch(f"{figures}\n", own_lines(err))
 
 
-def test_what_cannot_be_is_an_error_of_every_rank(path):
-    status, out, err = torchrun(2, path, "ab", "--shards", "2")
-    assert (status, out) == (1, "")
+def test_what_cannot_be_is_an_error_of_every_rank(on_ranks, path):
+    statuses, printed, err = on_ranks(2, path, "ab", "--shards", "2")
+    assert (statuses, printed) == ([1, 1], ["", ""])
     message = "--shards cuts one process, with torchrun each rank is a shard: leave it out"
-    assert f"fastshard: error: {message}\n" in err
+    assert err == f"fastshard: error: {message}\n"
 
 
 @pytest.mark.parametrize(

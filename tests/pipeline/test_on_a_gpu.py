@@ -16,7 +16,7 @@ from fastshard.dist import Sent, World
 from fastshard.pipeline.engine import Engine
 from fastshard.pipeline.rank import PipelineRank
 from fastshard.sampling import Sampling
-from helpers import CUDA_ONLY, TWO_PLACES, check_place
+from helpers import CUDA_ONLY, NCCL_LIMIT, TWO_PLACES, check_place
 
 MODES = pytest.mark.parametrize("mode", ["persistent", "graph", "eager"])
 PROMPTS = ((40, 41, 42, 43, 44), (7,), (9, 8, 7, 6, 5, 4, 3), (11, 12), (13,))
@@ -120,7 +120,7 @@ def test_two_ranks(device, place, path):
         for mode in modes
         for in_flight in (1, 4)
     ]
-    outcomes = run_ranks(2, "pipeline_programs:run_cases", cases, 1, place)[0]
+    outcomes = run_ranks(2, "pipeline_programs:run_cases", cases, 1, place, limit=NCCL_LIMIT)[0]
     for case, outcome in zip(cases, outcomes, strict=True):
         mode = case.settings["mode"]
         expected = run(new_engine(models, device, mode, in_flight=2), REQUESTS)
@@ -128,3 +128,42 @@ def test_two_ranks(device, place, path):
         assert outcome.modes == [{modes[mode]}] * 2
         num_tokens = 2 * sum(len(prompt) + NUM_TOKENS - 1 for prompt in PROMPTS)
         assert outcome.hops == [Sent(num_tokens * SIZES["hidden_size"] * 2, num_tokens)]
+
+
+@MODES
+@CUDA_ONLY
+def test_many_in_flight_on_two_gpus(device, mode, path):
+    """More than NCCL has places for, with prompts among the steps: no rank waits in a circle."""
+    check_place("cuda")
+    requests = [request for request in REQUESTS for _ in range(12)]
+    models = [load(path, device, 0, 0), load(path, device, 1, 2)]
+    expected = run(new_engine(models, device, mode, in_flight=2), requests)
+    settings = SIZE | {"dtype": torch.bfloat16, "layers": (range(0, 1), range(1, 3))}
+    case = Case(str(path), settings | {"mode": mode, "in_flight": 24}, [requests])
+    (outcome,), _ = run_ranks(2, "pipeline_programs:run_cases", [case], 1, "cuda", limit=NCCL_LIMIT)
+    assert outcome.tokens == [expected]
+
+
+@CUDA_ONLY
+def test_two_gpus_that_share_layers(device, path):
+    """In graphs or not, however they add up: a sum of two is exact but for one rounding."""
+    check_place("cuda")
+    kinds = [("graph", 1), ("graph", 4), ("eager", 4)]
+    cases = [
+        Case(
+            str(path),
+            SIZE | {"dtype": torch.bfloat16, "mode": mode, "in_flight": in_flight},
+            [REQUESTS, REQUESTS],
+        )
+        for mode, in_flight in kinds
+    ]
+    expected = None
+    for way in ("group", "one_shot"):
+        program = ("pipeline_programs:run_cases", cases, 2, "cuda", way)
+        for case, outcome in zip(cases, run_ranks(2, *program, limit=NCCL_LIMIT)[0], strict=True):
+            expected = expected or outcome.tokens
+            assert outcome.tokens == expected
+            assert outcome.modes == [{(False, case.settings["mode"] == "graph")}] * 2
+            assert outcome.hops == []
+    assert [len(row) for row in expected[0]] == [NUM_TOKENS] * len(PROMPTS)
+    assert expected[0] == expected[1]

@@ -113,8 +113,7 @@ def until(row, ends):
     return row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_an_end_token_ends_its_request_alone(paths, alone, lag):
+def test_an_end_token_ends_its_request_alone(paths, alone):
     """The next prompt takes its slot; nobody else's tokens change."""
     free = alone("mistral", GREEDY)
     ends = {free[0][1]}
@@ -124,16 +123,19 @@ def test_an_end_token_ends_its_request_alone(paths, alone, lag):
     cases = [
         Case(paths["mistral"], SETTINGS | {"in_flight": in_flight}, [run, GREEDY], lag)
         for in_flight in (1, 2)
+        for lag in (0, 1)
     ]
     num_run = sum(
         len(prompt) + len(row) - 1
         for rows in (expected, free)
         for prompt, row in zip(PROMPTS, rows, strict=True)
     )
-    num_in_vain = lag * sum(len(row) < NUM_TOKENS for row in expected)
-    for outcome in run_ranks(3, "pipeline_programs:run_cases", cases)[0]:
+    num_ended = sum(len(row) < NUM_TOKENS for row in expected)
+    outcomes = run_ranks(3, "pipeline_programs:run_cases", cases)[0]
+    for case, outcome in zip(cases, outcomes, strict=True):
         assert outcome.tokens == [expected, free]
-        assert [sent.num_tokens for sent in outcome.hops] == [num_run + num_in_vain] * 2
+        num_tokens = num_run + case.lag * num_ended  # read late, one step of each is in vain
+        assert [sent.num_tokens for sent in outcome.hops] == [num_tokens] * 2
 
 
 def test_each_rank_reads_its_own_layers_alone(paths, alone, tmp_path):
@@ -153,15 +155,16 @@ def test_each_rank_reads_its_own_layers_alone(paths, alone, tmp_path):
     assert outcome.tokens == [alone("qwen2", GREEDY)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_hop_carries_one_hidden_state_a_token(paths, dtype):
+def test_a_hop_carries_one_hidden_state_a_token(paths):
     """Whatever the context: no masks, no positions, no tokens."""
-    case = Case(paths["llama"], SETTINGS | {"dtype": dtype}, [GREEDY])
-    (outcome,) = run_ranks(3, "pipeline_programs:run_cases", [case])[0]
+    dtypes = (torch.float32, torch.bfloat16)
+    cases = [Case(paths["llama"], SETTINGS | {"dtype": dtype}, [GREEDY]) for dtype in dtypes]
+    outcomes = run_ranks(3, "pipeline_programs:run_cases", cases)[0]
     # The last token of each is not run.
     num_tokens = sum(len(prompt) + NUM_TOKENS - 1 for prompt in PROMPTS)
-    size = SIZES["hidden_size"] * dtype.itemsize
-    assert outcome.hops == [Sent(num_tokens * size, num_tokens)] * 2
+    for dtype, outcome in zip(dtypes, outcomes, strict=True):
+        size = SIZES["hidden_size"] * dtype.itemsize
+        assert outcome.hops == [Sent(num_tokens * size, num_tokens)] * 2
 
 
 def test_stages_of_two_ranks_that_share_layers(paths, alone):
