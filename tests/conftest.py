@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from emulator import runtime
-from emulator.build import MissingTool
-from helpers import skip_or_fail
+from helpers import emulator_tools, skip_or_fail
 
 DEVICES = [
     "cpu",
@@ -43,10 +42,8 @@ def device(request):
     def missing(op: str) -> None:
         skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"csrc has no kernel of {op} yet")
 
-    try:
+    with emulator_tools():
         kernels = runtime.kernels()
-    except MissingTool as error:
-        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"the emulator cannot be built: {error}")
     with runtime.emulated(kernels, missing) as calls:
         yield torch.device("cpu")
     expects_errors = "raises" in request.function.__code__.co_names

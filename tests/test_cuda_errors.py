@@ -4,7 +4,7 @@ import re
 import subprocess
 
 from emulator import build
-from helpers import skip_or_fail
+from helpers import emulator_tools
 
 ROOT = build.HERE.parent.parent
 PROGRAM = """
@@ -32,10 +32,8 @@ int main() {
 
 
 def test_errors_name_what_the_build_is_for_and_the_driver_that_it_needs(tmp_path):
-    try:
+    with emulator_tools():
         compiler, include = build.compiler(), build.cuda_include()
-    except build.MissingTool as error:
-        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", str(error))
     (tmp_path / "errors.cpp").write_text(PROGRAM)
     flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", f"-isystem{include}"]
     flags += ["-DFASTSHARD_CUDA_ARCHS=8.0 8.6+PTX", str(tmp_path / "errors.cpp")]

@@ -186,7 +186,7 @@ def build_library(
         output: The library to write.
         sources: ``.cu`` and ``.cpp`` files. Of a function that several define, the first counts.
         csrc: Where the sources in it find the project's headers; others find the checkout's.
-        flags: More of the compiler's.
+        flags: More of the compiler's, but for the checkout's csrc, whose objects builds share.
 
     Returns:
         `output`.
@@ -197,15 +197,16 @@ def build_library(
     """
     torch_compile, torch_link = torch_flags()
     identity = toolchain_id()
-    flags = [*FLAGS, *machine_flags(), *flags]
+    common = [*FLAGS, *machine_flags()]
 
     def compile_one(source: Path) -> Path:
+        own = () if source.is_relative_to(CSRC) else flags
         if source.parent == HERE:
             extra = ["-O3"]
         else:
             extra = KERNEL_FLAGS if source.suffix == ".cu" else torch_compile
         root = csrc if source.is_relative_to(csrc) else CSRC
-        return compile_object(source, root, flags + extra, identity)
+        return compile_object(source, root, [*common, *own, *extra], identity)
 
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:

@@ -15,34 +15,25 @@ from torch import Tensor
 from emulator.build import (
     CSRC,
     HERE,
-    MissingTool,
     build_library,
     compiler,
     cuda_include,
     only_builder,
 )
-from helpers import skip_or_fail
+from helpers import emulator_tools
 
 pytestmark = pytest.mark.emulator
 NAN = float("nan")
 SEED = "FASTSHARD_EMULATOR_SEED"
 
 
-def skip_without_tools() -> None:
-    try:
-        compiler()
-        cuda_include()
-    except MissingTool as error:
-        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"the emulator cannot be built: {error}")
-
-
 @pytest.fixture(scope="module", params=["", "-DFS_EMULATOR_UCONTEXT"], ids=["asm", "ucontext"])
 def library(request, tmp_path_factory):
     """kernels/primitives.cu, with either way to switch fibers."""
-    skip_without_tools()
     path = tmp_path_factory.mktemp("emulator") / "primitives.so"
     sources = [HERE / "kernels" / "primitives.cu"]
-    return ctypes.CDLL(str(build_library(path, sources, flags=request.param.split())))
+    with emulator_tools():
+        return ctypes.CDLL(str(build_library(path, sources, flags=request.param.split())))
 
 
 @pytest.fixture(autouse=True)
@@ -415,7 +406,8 @@ def test_is_too_large(device):
 
 
 def test_device_fixture_proves_that_a_kernel_ran(tmp_path):
-    skip_without_tools()
+    with emulator_tools():
+        compiler(), cuda_include()
     (tmp_path / "test_fixture.py").write_text(FIXTURE_TESTS)
     command = [sys.executable, "-P", "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider"]
     command += ["-c", str(HERE.parent.parent / "pyproject.toml"), "-p", "conftest"]

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from emulator import checks
-from emulator.build import CSRC, MissingTool, build, build_library, product_sources
-from helpers import skip_or_fail
+from emulator.build import CSRC, build_library, product_sources
+from helpers import emulator_tools
 
 pytestmark = pytest.mark.emulator
+UNOPTIMIZED = ["-O0"]  # compiling takes most of the time
 PROCESSES = multiprocessing.get_context("forkserver")  # one that has imported torch
 PROCESSES.set_forkserver_preload(["emulator.checks"])
 
@@ -869,31 +870,29 @@ def run_checks(library: Path, *names: str) -> list[str]:
     return problems
 
 
-def run_mutant(mutant: Mutant, folder: Path) -> list[str]:
-    csrc = folder / "csrc"
-    shutil.copytree(CSRC, csrc)
-    mutant.apply(csrc)
-    # Only the kernels that the check runs are mutants: the rest is compiled already. They come
-    # first, as other files may hold instances of the same templates.
-    mutants = sorted(csrc.glob(checks.CHECKS[mutant.check].sources))
-    assert mutants
-    others = [path for path in product_sources() if csrc / path.relative_to(CSRC) not in mutants]
-    library = build_library(folder / "mutant.so", [*mutants, *others], csrc)
-    return run_checks(library, mutant.check)
+def build_copy(csrc: Path, kernels: list[Path] | None = None) -> Path:
+    """The library of a copy of csrc, of which only these kernels are compiled again; None: all."""
+    sources = product_sources(csrc)
+    if kernels is not None:
+        # They come first: other files may hold instances of the same templates.
+        others = [CSRC / path.relative_to(csrc) for path in sources if path not in kernels]
+        sources = [*kernels, *others]
+    with emulator_tools():
+        return build_library(csrc.parent / "kernels.so", sources, csrc, UNOPTIMIZED)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    try:
-        return build(tmp_path_factory.mktemp("emulator"))
-    except MissingTool as error:
-        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"the emulator cannot be built: {error}")
+@pytest.fixture
+def csrc(tmp_path):
+    return shutil.copytree(CSRC, tmp_path / "csrc")
 
 
-def test_checks_hold(library):
-    assert run_checks(library, *checks.CHECKS) == []
+def test_checks_hold(csrc):
+    assert run_checks(build_copy(csrc), *checks.CHECKS) == []
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_mutant_fails(mutant, library, tmp_path):
-    assert run_mutant(mutant, tmp_path) != []
+def test_mutant_fails(mutant, csrc):
+    mutant.apply(csrc)
+    kernels = sorted(csrc.glob(checks.CHECKS[mutant.check].sources))
+    assert kernels
+    assert run_checks(build_copy(csrc, kernels), mutant.check) != []

@@ -10,7 +10,7 @@ import pytest
 
 from emulator import build
 from fastshard.tune.patch import menu_patch
-from helpers import skip_or_fail
+from helpers import emulator_tools
 
 ROOT = Path(__file__).parents[2]
 TILE = "tiles_128x192_32x3_4x2"
@@ -95,10 +95,8 @@ def test_the_tree_compiles(tree, name):
     source = tree / "csrc" / name
     text = source.read_text() + f"\nnamespace fastshard {{ {CHECKS[name]} }}\n"
     roots = [build.HERE / "include", tree / "csrc"]
-    try:
+    with emulator_tools():
         command = [build.compiler(), *build.FLAGS, f"-isystem{build.cuda_include()}"]
-    except build.MissingTool as error:
-        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", f"the emulator cannot be built: {error}")
     command += [*(f"-I{root}" for root in roots), "-fsyntax-only", "-x", "c++", "-"]
     subprocess.run(command, input=text, text=True, check=True)
 
