@@ -72,7 +72,7 @@ def _make(request: dict) -> Iterator[dict]:
     arguments = cases.arguments_of(task, request["content"], request["seed"], dtype)
     packed = trees.pack(arguments)
     trees.save(Path(request["path"]), packed)
-    yield {"bytes": sum(buffer.nbytes for buffer in packed.buffers)}
+    yield {"can_scale": any(buffer.is_floating_point() for buffer in packed.buffers)}
 
 
 def _solve(request: dict) -> Iterator[dict]:

@@ -128,6 +128,14 @@ def check_closeness(actual: Sequence[Tensor], truth: Truth) -> Reason | None:
     return None
 
 
+def can_compare(truth: Truth) -> bool:
+    """Whether there is anything to hold an answer to: one element that is finite, or no float."""
+    return any(
+        not eager.is_floating_point() or bool(_comparable(eager, golden).any())
+        for eager, golden in zip(truth.eager, truth.golden, strict=True)
+    )
+
+
 def check_vacuous(truths: Sequence[Truth]) -> Reason | None:
     """The reference has more than one answer to inputs that differ."""
     first, *others = truths
@@ -188,8 +196,7 @@ def _compare(out: Tensor, eager: Tensor, golden: Tensor) -> Reason | None:
         return _wrong(f"{wrong} of {total} elements differ") if wrong else None
     eps = torch.finfo(out.dtype).eps
     out, eager = out.double(), eager.double()
-    # Where eager overflows and float64 does not, there is nothing to hold the answer to.
-    finite = eager.isfinite() & golden.isfinite()
+    finite = _comparable(eager, golden)
     same = (eager == golden) | (eager.isnan() & golden.isnan())
     unlike = ~finite & same & ~((out == eager) | (out.isnan() & eager.isnan()))
     wrong = int((unlike | (finite & ~out.isfinite())).sum())
@@ -207,6 +214,11 @@ def _compare(out: Tensor, eager: Tensor, golden: Tensor) -> Reason | None:
             kind = verdict.INACCURATE if worst <= ROUNDING * size.max().item() else verdict.WRONG
             return Reason(kind, f"{how} error {found:.1e}, eager {allowed:.1e}, of {of:.1e}")
     return None
+
+
+def _comparable(eager: Tensor, golden: Tensor) -> Tensor:
+    """Where eager overflows and float64 does not, there is nothing to hold an answer to."""
+    return eager.isfinite() & golden.isfinite()
 
 
 def _wrong(text: str) -> Reason:

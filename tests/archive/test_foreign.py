@@ -86,13 +86,14 @@ def test_what_fails_before_a_kernel_is_loaded_is_no_reason(process):
 
 
 def test_a_hang_is_a_reason(process):
-    process._worker._timeout = 1.0
+    process._timeout = 1.0
     said = "when it was called: no answer for 1 s: killed"
     assert reason(process, do="hang") == (verdict.HUNG, said)
 
 
 def test_seconds_are_those_between_its_messages(process):
-    assert 0.3 <= process.seconds(on_cpu=False, do="clock", works=0) < 60
+    # Of the 0.3 s that it sleeps, some pass before its first message is read.
+    assert 0.2 <= process.seconds(on_cpu=False, do="clock", works=0) < 60
     # On a CPU, what it waits for others is not its own: time is counted in hundredths.
     assert process.seconds(on_cpu=True, do="clock", works=0) < 0.2
     assert 0.38 <= process.seconds(on_cpu=True, do="clock", works=0.4) < 1
