@@ -105,5 +105,6 @@ torch::Tensor forward(torch::Tensor x, int64_t which) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  prepare();
   m.def("forward", &forward, "softmax of rows");
 }
