@@ -199,6 +199,8 @@ class Sandbox:
             "TMPDIR": str(self.scratch.resolve() / "tmp"),
             "LANG": "C.UTF-8",
             "PYTHONDONTWRITEBYTECODE": "1",
+            # torch.compile's helpers, one a core, would count as memory of the sandbox.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
             **variables,
         }
 

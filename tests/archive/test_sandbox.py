@@ -315,6 +315,7 @@ def test_the_environment_is_a_few_variables(tmp_path, monkeypatch):
         "GIVEN",
         "PYTHONDONTWRITEBYTECODE",
         "PYTHONUSERBASE",
+        "TORCHINDUCTOR_COMPILE_THREADS",
     }
 
 
