@@ -16,6 +16,7 @@ def answer(request):
         print("sandbox: cannot mount", file=sys.stderr, flush=True)
         os._exit(125)
     if request["do"] == "open":
+        time.sleep(request["seconds"])
         yield {"failure": "OSError: no library"}
     yield {"begins": "call"}
     if request["do"] == "fail":
@@ -78,11 +79,18 @@ def test_what_ran_cannot_play_the_sandbox(process):
     process.ask(do="nothing")
     said = "the process ended with status 125: sandbox: cannot mount"
     assert reason(process, do="die") == (verdict.CRASHED, said)
+    assert process.errors == "sandbox: cannot mount\n"
 
 
 def test_what_fails_before_a_kernel_is_loaded_is_no_reason(process):
     with pytest.raises(RuntimeError, match=r"^a kernel cannot be loaded here: OSError: no libra"):
-        process.ask(do="open")
+        process.ask(do="open", seconds=0)
+
+
+def test_setting_up_a_device_may_take_longer_than_a_call(process):
+    process._timeout = 0.5
+    with pytest.raises(RuntimeError, match=r"^a kernel cannot be loaded here: OSError: no libra"):
+        process.ask(do="open", seconds=1.5)
 
 
 def test_a_hang_is_a_reason(process):

@@ -85,8 +85,11 @@ def row_of(name: str, device: torch.device) -> schema.Row:
 
 def check(name: str, device: torch.device, **changes) -> verdict.Verdict:
     timeout = HANG_SECONDS[device.type] if name == "hangs" else SECONDS
-    found = verifier_on(device, timeout=timeout, **changes)(row_of(name, device))
-    expected = corpus.ENTRIES[name]
+    verify, expected = verifier_on(device, timeout=timeout, **changes), corpus.ENTRIES[name]
+    try:
+        found = verify(row_of(name, device))
+    except RuntimeError as error:
+        pytest.fail("\n".join([str(error), *Watched.seen]))
     assert found.verdict == expected.verdict, described(found)
     assert re.fullmatch(expected.reason, found.reason, re.DOTALL), described(found)
     return found
@@ -119,6 +122,26 @@ def test_a_right_kernel_is_verified_and_timed(device):
     )
     assert found.claimed == {"native": 4.0, "compile": 5.0}
     assert found.environment["isolation"] == (", ".join(sandbox.allowed_parts()) or "limits alone")
+
+
+@pytest.mark.parametrize(
+    ("code", "dtypes"), [("float", ["float32"]), ("__half", ["float32", "float16"])]
+)
+def test_what_names_no_half_precision_is_not_tried_in_it(monkeypatch, code, dtypes):
+    verifier = verifier_on(torch.device("cpu"))
+    built, tried = compile.Built(Path("x.so"), None, Path()), []
+    monkeypatch.setattr(Verifier, "_build", lambda self, code: built)
+
+    def judge(self, row, built, dtype):
+        tried.append(dtype)
+        return trial.Seen(times={"candidate": 1.0})
+
+    monkeypatch.setattr(Verifier, "_judge", judge)
+    values = corpus.row("right") | {"CUDA_Code": code}
+    found = verifier(schema.row_of(values, "a", "here"))
+    assert tried == list(found.times) == dtypes
+    said = "float16 was not tried: the source does not name it"
+    assert found.notes == (() if "float16" in dtypes else (said,))
 
 
 @CPU_ONLY
