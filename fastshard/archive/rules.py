@@ -157,17 +157,29 @@ def check_clock(us: float, outside_us: float, device: str) -> Reason | None:
     return Reason(verdict.TOO_FAST, text)
 
 
-def least_us(bytes_read: int, bytes_written: int, flops: int, rates: Mapping[str, float]) -> float:
+def least_us(bytes_read: int, bytes_written: int, rates: Mapping[str, float]) -> float:
     """Microseconds below which the device cannot do it.
 
     Args:
         bytes_read: Of all arguments, once each.
         bytes_written: Of the answer. What a cache may hold of it does not count.
-        flops: Of the products in the reference.
-        rates: ``gbps`` and ``tflops`` at best, and ``cache_bytes``.
+        rates: ``gbps`` at best, and ``cache_bytes``.
     """
     num_bytes = bytes_read + max(0, bytes_written - rates["cache_bytes"])
-    return max(num_bytes / rates["gbps"] / 1e3, flops / rates["tflops"] / 1e6)
+    return num_bytes / rates["gbps"] / 1e3
+
+
+def does_fewer_flops(us: float, flops: int, rates: Mapping[str, float]) -> bool:
+    """Whether the device could not do the reference's products in this time.
+
+    A kernel may need fewer: a product with a diagonal matrix is none.
+
+    Args:
+        us: Of the kernel.
+        flops: Of the products in the reference.
+        rates: ``tflops`` at best.
+    """
+    return us < flops / rates["tflops"] / 1e6 * (1 - LIMIT_NOISE)
 
 
 def check_limit(us: float, limit_us: float) -> Reason | None:

@@ -164,7 +164,7 @@ class Trial:
         """Time the kernel in a process of its own, then its peers; raises ``Rejected``.
 
         Args:
-            rates: Measures what ``rules.least_us`` needs; called of a kernel that is right alone.
+            rates: Measures what the device can do; called of a kernel that is right alone.
             seen: Is given the times.
         """
         settings = self._settings
@@ -201,8 +201,12 @@ class Trial:
         seen.notes += peers["notes"]
         read = trees.load(contents[0]).buffers
         written = sum(out.nbytes for out in self._truths[0].eager)
-        least = rules.least_us(sum(b.nbytes for b in read), written, peers["flops"], rates())
-        _reject(rules.check_limit(us, least))
+        limits = rates()
+        _reject(rules.check_limit(us, rules.least_us(sum(b.nbytes for b in read), written, limits)))
+        if rules.does_fewer_flops(us, peers["flops"], limits):
+            seen.notes.append(
+                "it must do fewer operations than the reference: less time than those"
+            )
 
     def _check_clock(self, kernel: Foreign, arguments: Path, us: float) -> None:
         """One round that a clock outside agrees with is enough: what else runs here delays some."""

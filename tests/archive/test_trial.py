@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastshard.archive import cases, compile, rules, verdict
+from fastshard.archive import cases, compile, rules, sandbox, schema, trees, verdict
 from fastshard.archive.foreign import Rejected
 from fastshard.archive.rules import Truth
 from fastshard.archive.trial import CLOCK_CALLS, CLOCK_ROUNDS, Seen, Settings, Trial
@@ -105,3 +105,45 @@ def test_contents_come_in_order_and_of_other_shapes_once(trial):
     trial.check(Seen())
     published = [(0, content, i) for i, content in enumerate(cases.CONTENTS)]
     assert asked == [*published, (1, "as published", 0), (2, "as published", 0)]
+
+
+class Timed:
+    """A kernel's process that says ``us`` a call, and answers as the reference."""
+
+    def __init__(self, us: float):
+        self.us = us
+
+    def ask(self, **request):
+        return {"us": self.us}
+
+    def take(self, path, folder):
+        return trees.pack(FINITE.eager)
+
+
+def time_of(trial, monkeypatch, folder, us: float, flops: int) -> Seen:
+    """Times a kernel of 8 bytes on a device that takes 1 us for them, and 1 us for 1000 FLOPs."""
+    path = folder / "arguments"
+    trees.save(path, trees.pack([torch.ones(2)]))
+    trial._row, trial._truths, trial._own = schema.row_of({}, "a", "here"), [FINITE] * 4, folder
+    box = sandbox.Sandbox(folder)
+    monkeypatch.setattr(trial, "_box", lambda readable: box)
+    monkeypatch.setattr(trial, "_enter", lambda box: Timed(us))
+    monkeypatch.setattr(trial, "_make", lambda shape, content: path)
+    monkeypatch.setattr(trial, "_check_clock", lambda *arguments: None)
+    peers = {"us": {"eager": 9.0}, "notes": [], "flops": flops}
+    monkeypatch.setattr(trial, "_ask_reference", lambda step, **request: peers)
+    seen = Seen()
+    trial.time(lambda: {"gbps": 0.008, "tflops": 0.001, "cache_bytes": 1000}, seen)
+    return seen
+
+
+def test_a_time_below_the_physical_limit_rejects(trial, monkeypatch, tmp_path):
+    with pytest.raises(Rejected, match=r"^0\.9 us, less than the 1 us that the device takes at le"):
+        time_of(trial, monkeypatch, tmp_path, us=0.9, flops=0)
+
+
+def test_fewer_operations_than_the_reference_are_noted(trial, monkeypatch, tmp_path):
+    seen = time_of(trial, monkeypatch, tmp_path, us=2.0, flops=1000)
+    assert (seen.times, seen.notes) == ({"candidate": 2.0, "eager": 9.0}, [])
+    seen = time_of(trial, monkeypatch, tmp_path, us=2.0, flops=3000)
+    assert seen.notes == ["it must do fewer operations than the reference: less time than those"]
