@@ -1,10 +1,11 @@
 """The process of a row's own PyTorch code, in its sandbox: what it times."""
 
 import pytest
+import torch
 
 from archive import corpus
 from emulator.build import MissingTool, compiler
-from fastshard.archive import cases, sandbox
+from fastshard.archive import cases, reference, sandbox, trees
 from fastshard.archive.foreign import Foreign
 from fastshard.archive.trial import REFERENCE_SECONDS
 from helpers import skip_or_fail
@@ -44,3 +45,19 @@ def test_torch_compile_is_timed_beside_eager(ask):
     assert said["notes"] == ["no op of fastshard computes this alone"], process.errors
     assert set(said["us"]) == {"eager", "compile"}, process.errors
     assert all(us > 0 for us in said["us"].values())
+
+
+def test_a_compiler_that_fails_is_noted_with_its_reason(monkeypatch, tmp_path):
+    path = tmp_path / "content"
+    trees.save(path, trees.pack((torch.randn(4, 8), 0)))
+
+    def fail(function):
+        raise ValueError("not\ntoday")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(reference, "_tasks", [cases.read_task(corpus.reference("right"))])
+    asked = {"do": "time", "contents": [str(path)], "device": "cpu", "rounds": 1, "kind": None}
+    with torch.no_grad():  # which the process turns off for itself
+        *_, said = reference.answer({**asked, "compiles": True})
+    assert set(said["us"]) == {"eager"}
+    assert said["notes"][1:] == ["torch.compile failed: ValueError: not today"]
