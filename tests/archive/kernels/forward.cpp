@@ -88,7 +88,7 @@ torch::Tensor forward(torch::Tensor x, int64_t which) {
         setsid();
         for (;;) sleep(1);
       }
-      break;
+      return compute(x, torch::empty_like(x), kWrong);  // no further call is needed
     case kSpoilsFree: {
       void* freed;
       {
