@@ -9,6 +9,8 @@ from fastshard.archive.processes import processor_seconds
 from fastshard.archive.rules import Reason
 from fastshard.tune.worker import Worker, WorkerFailed, WorkerHung
 
+OPEN_SECONDS = 120.0
+"""Without a message while a kernel is loaded, before which the device is set up."""
 _DOING = {"load": "when it was loaded", "call": "when it was called", "time": "when it was timed"}
 
 
@@ -26,11 +28,13 @@ class Foreign:
     Args:
         target: Of ``Worker``.
         box: Its sandbox.
-        timeout: Seconds without a message after which it counts as hanging.
+        timeout: Seconds without a message after which it counts as hanging; of ``open``, at least
+            ``OPEN_SECONDS``.
     """
 
     def __init__(self, target: str, box: sandbox.Sandbox, timeout: float):
         self.box = box
+        self._timeout = timeout
         self._process: sandbox.Process | None = None
         self._worker = Worker(target, timeout=timeout, start=self._start)
         self._has_started = False
@@ -72,6 +76,11 @@ class Foreign:
         wall, used = (e - b for b, e in zip(clocks["begins"], clocks["ends"], strict=True))
         return min(wall, used) if on_cpu else wall
 
+    @property
+    def errors(self) -> str:
+        """The end of what it wrote to stderr."""
+        return self._worker.errors
+
     def take(self, path: Path, folder: Path) -> trees.Packed:
         """What it wrote.
 
@@ -110,8 +119,10 @@ class Foreign:
 
     def _messages(self, request: dict) -> Iterator[dict]:
         doing = ""
+        is_opened = request["do"] == "open"
+        timeout = max(OPEN_SECONDS, self._timeout) if is_opened else self._timeout
         try:
-            for message in self._worker.ask(request):
+            for message in self._worker.ask(request, timeout=timeout):
                 self._has_started = True
                 doing = _DOING.get(str(message.get("begins")), doing)
                 yield message

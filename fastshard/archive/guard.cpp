@@ -13,6 +13,7 @@
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <new>
 #include <random>
 #include <unordered_map>
 #include <vector>
@@ -62,7 +63,9 @@ size_t chunk_left = 0;
 
 char* reserve(size_t bytes) {
   void* base = nullptr;
-  return cudaMalloc(&base, bytes) == cudaSuccess ? static_cast<char*>(base) : nullptr;
+  if (cudaMalloc(&base, bytes) == cudaSuccess) return static_cast<char*>(base);
+  cudaGetLastError();  // else the next launch would be blamed
+  return nullptr;
 }
 
 // From a chunk: cudaMalloc for each buffer might wait for what runs.
@@ -205,7 +208,9 @@ const char* guard_check() {
 #ifdef FASTSHARD_GUARD_CUDA
 void* guard_malloc(ssize_t bytes, int device, cudaStream_t stream) {
   cudaSetDevice(device);
-  return bytes == 0 ? nullptr : make(size_t(bytes), stream);
+  void* made = bytes == 0 ? nullptr : make(size_t(bytes), stream);
+  if (bytes != 0 && made == nullptr) throw std::bad_alloc();
+  return made;
 }
 void guard_free(void* address, ssize_t, int, cudaStream_t stream) { release(address, stream); }
 #else

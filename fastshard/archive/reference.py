@@ -26,7 +26,7 @@ def answer(request: dict) -> Iterator[dict]:
     except cases.ReferenceFailed as error:
         yield {"failure": str(error)}
     except Exception as error:
-        yield {"failure": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+        yield {"failure": _said(error)}
 
 
 def _read(request: dict) -> Iterator[dict]:
@@ -72,7 +72,7 @@ def _make(request: dict) -> Iterator[dict]:
     arguments = cases.arguments_of(task, request["content"], request["seed"], dtype)
     packed = trees.pack(arguments)
     trees.save(Path(request["path"]), packed)
-    yield {"bytes": sum(buffer.nbytes for buffer in packed.buffers)}
+    yield {"can_scale": any(buffer.is_floating_point() for buffer in packed.buffers)}
 
 
 def _solve(request: dict) -> Iterator[dict]:
@@ -126,10 +126,14 @@ def _time(request: dict) -> Iterator[dict]:
             compiled(*arguments)
             functions["compile"] = compiled
         except Exception as error:  # of the compiler, which is a peer and no judge
-            notes.append(f"torch.compile failed: {type(error).__name__}")
+            notes.append(f"torch.compile failed: {_said(error)}"[:200])
     runs = {name: FreshCalls(each, contents, device, {}) for name, each in functions.items()}
     timings = clock_of(device).measure(runs, rounds=request["rounds"])
     yield {"us": {name: timing.us for name, timing in timings.items()}, "notes": notes}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

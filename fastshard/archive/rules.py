@@ -128,6 +128,12 @@ def check_closeness(actual: Sequence[Tensor], truth: Truth) -> Reason | None:
     return None
 
 
+def can_compare(truth: Truth) -> bool:
+    """Whether there is anything to hold an answer to: one element that is finite."""
+    pairs = zip(truth.eager, truth.golden, strict=True)
+    return any(bool(_comparable(eager, golden).any()) for eager, golden in pairs)
+
+
 def check_vacuous(truths: Sequence[Truth]) -> Reason | None:
     """The reference has more than one answer to inputs that differ."""
     first, *others = truths
@@ -151,17 +157,29 @@ def check_clock(us: float, outside_us: float, device: str) -> Reason | None:
     return Reason(verdict.TOO_FAST, text)
 
 
-def least_us(bytes_read: int, bytes_written: int, flops: int, rates: Mapping[str, float]) -> float:
+def least_us(bytes_read: int, bytes_written: int, rates: Mapping[str, float]) -> float:
     """Microseconds below which the device cannot do it.
 
     Args:
         bytes_read: Of all arguments, once each.
         bytes_written: Of the answer. What a cache may hold of it does not count.
-        flops: Of the products in the reference.
-        rates: ``gbps`` and ``tflops`` at best, and ``cache_bytes``.
+        rates: ``gbps`` at best, and ``cache_bytes``.
     """
     num_bytes = bytes_read + max(0, bytes_written - rates["cache_bytes"])
-    return max(num_bytes / rates["gbps"] / 1e3, flops / rates["tflops"] / 1e6)
+    return num_bytes / rates["gbps"] / 1e3
+
+
+def does_fewer_flops(us: float, flops: int, rates: Mapping[str, float]) -> bool:
+    """Whether the device could not do the reference's products in this time.
+
+    A kernel may need fewer: a product with a diagonal matrix is none.
+
+    Args:
+        us: Of the kernel.
+        flops: Of the products in the reference.
+        rates: ``tflops`` at best.
+    """
+    return us < flops / rates["tflops"] / 1e6 * (1 - LIMIT_NOISE)
 
 
 def check_limit(us: float, limit_us: float) -> Reason | None:
@@ -188,8 +206,7 @@ def _compare(out: Tensor, eager: Tensor, golden: Tensor) -> Reason | None:
         return _wrong(f"{wrong} of {total} elements differ") if wrong else None
     eps = torch.finfo(out.dtype).eps
     out, eager = out.double(), eager.double()
-    # Where eager overflows and float64 does not, there is nothing to hold the answer to.
-    finite = eager.isfinite() & golden.isfinite()
+    finite = _comparable(eager, golden)
     same = (eager == golden) | (eager.isnan() & golden.isnan())
     unlike = ~finite & same & ~((out == eager) | (out.isnan() & eager.isnan()))
     wrong = int((unlike | (finite & ~out.isfinite())).sum())
@@ -207,6 +224,11 @@ def _compare(out: Tensor, eager: Tensor, golden: Tensor) -> Reason | None:
             kind = verdict.INACCURATE if worst <= ROUNDING * size.max().item() else verdict.WRONG
             return Reason(kind, f"{how} error {found:.1e}, eager {allowed:.1e}, of {of:.1e}")
     return None
+
+
+def _comparable(eager: Tensor, golden: Tensor) -> Tensor:
+    """Where eager overflows and float64 does not, there is nothing to hold an answer to."""
+    return eager.isfinite() & golden.isfinite()
 
 
 def _wrong(text: str) -> Reason:

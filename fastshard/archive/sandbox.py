@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ GIB = 2**30
 MAX_PROCESSES = 512
 """Processes of one sandbox, above which it is killed."""
 WATCH_SECONDS = 0.1
+KILL_SECONDS = 10.0
+"""In which a killed process is gone, but where it waits for a device."""
 PASSED = (
     "PATH",
     "LD_LIBRARY_PATH",
@@ -99,9 +102,13 @@ class Process(subprocess.Popen):
     def kill(self) -> None:
         if self.returncode is not None:  # its number may be another's by now
             return
-        for pid in reversed(tree_of(self.pid)):  # the leaves first, else they would be orphans
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        # The jail comes last: it adopts orphans, so what is forked meanwhile stays below it.
+        deadline = time.monotonic() + KILL_SECONDS
+        while len(pids := tree_of(self.pid)) > 1 and time.monotonic() < deadline:
+            for pid in reversed(pids[1:]):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -199,6 +206,8 @@ class Sandbox:
             "TMPDIR": str(self.scratch.resolve() / "tmp"),
             "LANG": "C.UTF-8",
             "PYTHONDONTWRITEBYTECODE": "1",
+            # torch.compile's helpers, one a core, would count as memory of the sandbox.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
             **variables,
         }
 

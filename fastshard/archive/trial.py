@@ -6,7 +6,8 @@ then the reference's does.
 
 import random
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,14 @@ from fastshard.archive.foreign import Foreign, Rejected
 from fastshard.archive.rules import Reason, Truth
 from fastshard.archive.schema import Row
 
-CLOCK_SECONDS, CLOCK_ROUNDS = 0.05, 5
+CLOCK_SECONDS = {"cpu": 0.05, "cuda": 0.005}
+"""Of a round. On a GPU that others use too, a short one may fall between what they run; a CPU's own
+time, which the kernel of the system counts in hundredths, needs longer ones."""
+CLOCK_ROUNDS = {"cpu": 5, "cuda": 50}
+CLOCK_PATIENCE = 20.0
+"""Seconds after which there is no further round."""
+CLOCK_CALLS = {"cpu": (8, 2000), "cuda": (8, 200)}
+"""Of a round, at least and at most: of a process that lies, a call may take any time."""
 REFERENCE_SECONDS = 900.0
 """In which the row's PyTorch code answers at least; torch.compile is a part of it."""
 
@@ -72,6 +80,7 @@ class Trial:
         self._built, self._guard = built, guard
         self._device = str(settings.device)
         self._count = 0
+        self._can_scale = False
         self._truths: list[Truth] = []  # of the contents of the published shape
         self._stack = ExitStack()
 
@@ -98,8 +107,12 @@ class Trial:
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
-    def check(self) -> None:
-        """Hold every answer to the reference's; raises ``Rejected``."""
+    def check(self, seen: Seen) -> None:
+        """Hold every answer to the reference's; raises ``Rejected``.
+
+        Args:
+            seen: Is given what could not be tried.
+        """
         box = self._box([self._inputs, self._built.folder, self._guard.folder])
         kernel = self._enter(box)
         self._open(kernel, guard=str(self._guard.library))
@@ -112,9 +125,15 @@ class Trial:
                     truths.append(self._call(kernel, number, content, truths))
                 except Rejected as rejected:
                     raise Rejected(_at(rejected.reason, number, where)) from None
+                if not rules.can_compare(truths[-1]):
+                    seen.notes.append(f"{where}: the reference is nowhere finite: not compared")
             if number == 0:
                 self._truths = truths
                 _reject(rules.check_vacuous(truths))
+        if len(self._shapes) == 1:
+            seen.notes.append("no other shape was tried: the reference takes none")
+        if not self._can_scale:
+            seen.notes.append("no input was scaled or shifted: none is floating")
 
     def _call(self, kernel: Foreign, shape: int, content: str, earlier: list[Truth]) -> Truth:
         """One call; returns the reference's answers."""
@@ -141,8 +160,13 @@ class Trial:
         )
         return truth
 
-    def time(self, rates: dict[str, float], seen: Seen) -> None:
-        """Time the kernel in a process of its own, then its peers; raises ``Rejected``."""
+    def time(self, rates: Callable[[], dict[str, float]], seen: Seen) -> None:
+        """Time the kernel in a process of its own, then its peers; raises ``Rejected``.
+
+        Args:
+            rates: Measures what the device can do; called of a kernel that is right alone.
+            seen: Is given the times.
+        """
         settings = self._settings
         known = [0, 1, 3]  # of cases.CONTENTS
         contents = [self._make(0, cases.CONTENTS[i]) for i in known]
@@ -177,28 +201,37 @@ class Trial:
         seen.notes += peers["notes"]
         read = trees.load(contents[0]).buffers
         written = sum(out.nbytes for out in self._truths[0].eager)
-        least = rules.least_us(sum(b.nbytes for b in read), written, peers["flops"], rates)
-        _reject(rules.check_limit(us, least))
+        limits = rates()
+        _reject(rules.check_limit(us, rules.least_us(sum(b.nbytes for b in read), written, limits)))
+        if rules.does_fewer_flops(us, peers["flops"], limits):
+            seen.notes.append(
+                "it must do fewer operations than the reference: less time than those"
+            )
 
     def _check_clock(self, kernel: Foreign, arguments: Path, us: float) -> None:
         """One round that a clock outside agrees with is enough: what else runs here delays some."""
-        calls = max(8, min(2000, int(CLOCK_SECONDS * 1e6 / max(us, 1e-3))))
         kind = self._settings.device.type
-        for _ in range(CLOCK_ROUNDS):
+        least, most = CLOCK_CALLS[kind]
+        calls = max(least, min(most, int(CLOCK_SECONDS[kind] * 1e6 / max(us, 1e-3))))
+        deadline = time.monotonic() + CLOCK_PATIENCE
+        for _ in range(CLOCK_ROUNDS[kind]):
             seconds = kernel.seconds(
                 on_cpu=kind == "cpu", do="clock", arguments=str(arguments), calls=calls
             )
             reason = rules.check_clock(us, seconds * 1e6 / calls, kind)
             if reason is None:
                 return
+            if time.monotonic() > deadline:
+                break
         _reject(reason)
 
     def _make(self, shape: int, content: str) -> Path:
         self._count += 1
         path = self._inputs / f"arguments{self._count}"
-        self._ask_reference(
+        said = self._ask_reference(
             "make", shape=shape, content=content, seed=self._settings.seed, path=str(path)
         )
+        self._can_scale |= said["can_scale"]
         return path
 
     def _solve(self, shape: int, arguments: Path) -> Truth:

@@ -89,7 +89,9 @@ class Verifier:
         full = self._judge(row, built, "float32")
         seen = {"float32": full}
         notes = list(full.notes)
-        if full.reason is None and _HALF.search(row.cuda_code):
+        if full.reason is None and not _HALF.search(row.cuda_code):
+            notes.append("float16 was not tried: the source does not name it")
+        elif full.reason is None:
             half = self._judge(row, built, "float16")
             notes += [f"float16: {note}" for note in half.notes]
             if half.reason is None:
@@ -121,8 +123,8 @@ class Verifier:
         seen = Seen()
         try:
             with trial:
-                trial.check()
-                trial.time(self._limits(), seen)
+                trial.check(seen)
+                trial.time(self._limits, seen)
         except Rejected as rejected:
             seen.reason = rejected.reason
         return seen

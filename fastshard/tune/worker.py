@@ -57,9 +57,19 @@ class Worker:
         self._target, self._timeout = target, timeout
         self._popen = start or partial(subprocess.Popen, env=environment)
         self._process: subprocess.Popen | None = None
+        self._errors: list[str] = []
 
-    def ask(self, request: dict) -> Iterator[dict]:
+    @property
+    def errors(self) -> str:
+        """The last lines that it wrote to stderr, or a former process did."""
+        return "".join(self._errors)
+
+    def ask(self, request: dict, *, timeout: float | None = None) -> Iterator[dict]:
         """The messages of the answer.
+
+        Args:
+            request: JSON.
+            timeout: In the place of the worker's.
 
         Raises:
             WorkerFailed: with the reason. The next request starts a new process.
@@ -70,19 +80,19 @@ class Worker:
         try:
             if self._process is None:
                 self._start()
-            yield from self._answer(request)
+            yield from self._answer(request, self._timeout if timeout is None else timeout)
             is_answered = True
         finally:
             if not is_answered:  # the rest would be taken for the answer to the next request
                 self.close()
 
-    def _answer(self, request: dict) -> Iterator[dict]:
+    def _answer(self, request: dict, timeout: float) -> Iterator[dict]:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise WorkerFailed(self._end()) from None
-        while (message := self._next(self._timeout)) != _DONE:
+        while (message := self._next(timeout)) != _DONE:
             yield message
 
     def _next(self, timeout: float) -> dict:
@@ -120,7 +130,7 @@ class Worker:
             errors="replace",
         )
         self._lines: queue.Queue[str | None] = queue.Queue(maxsize=MOST_LINES)
-        self._errors: list[str] = []
+        self._errors = []
         self._readers = [
             threading.Thread(target=read, args=(self._process,), daemon=True)
             for read in (self._read_lines, self._read_errors)

@@ -1,5 +1,7 @@
 """Compiling in a sandbox: what is kept, what is said, what is not run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -135,3 +137,34 @@ def test_a_sandbox_that_fails_is_no_fault_of_the_code(compiler, monkeypatch):
 def test_a_source_cannot_play_the_sandbox(compiler):
     built = compile.build('\n#error "sandbox: cannot mount"\n', parts=PARTS)
     assert built.reason == 'archive_kernel.cpp:2:2: error: #error "sandbox: cannot mount"'
+
+
+def flags_of(ran: list[str]) -> list[str]:
+    return [argument for argument in ran if argument.startswith("-D")]
+
+
+def test_what_needs_all_headers_is_compiled_with_them(cache, monkeypatch):
+    monkeypatch.setattr(compile, "check_compilers", lambda cuda: "compiler")
+    ran = []
+
+    def run(box, command, **settings):
+        ran.append(command)
+        status = 0 if not flags_of(command) else 1
+        if status == 0:
+            (Path(command[-len(compile.FLAGS) - 1]) / f"{compile.NAME}.so").write_text("made")
+        return sandbox.Finished(status, "error: no nn", False, None)
+
+    monkeypatch.setattr(sandbox.Sandbox, "run", run)
+    built = compile.build("#include <torch/extension.h>", parts=PARTS, cuda=False)
+    assert built.library.read_text() == "made"
+    assert [flags_of(command) for command in ran] == [list(compile.FEWER_HEADERS), []]
+    ran.clear()
+    assert compile.build("#include <vector>", parts=PARTS, cuda=False).library is not None
+    assert [flags_of(command) for command in ran] == [[]]
+
+
+def test_pytorch_has_the_switch_for_fewer_headers():
+    """Without it compiling works as well, and takes longer."""
+    header = Path(torch.__file__).parent / "include" / "torch" / "extension.h"
+    (switch,) = compile.FEWER_HEADERS
+    assert f"#ifndef {switch.removeprefix('-D')}" in header.read_text()

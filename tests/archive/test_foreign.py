@@ -16,6 +16,7 @@ def answer(request):
         print("sandbox: cannot mount", file=sys.stderr, flush=True)
         os._exit(125)
     if request["do"] == "open":
+        time.sleep(request["seconds"])
         yield {"failure": "OSError: no library"}
     yield {"begins": "call"}
     if request["do"] == "fail":
@@ -78,21 +79,29 @@ def test_what_ran_cannot_play_the_sandbox(process):
     process.ask(do="nothing")
     said = "the process ended with status 125: sandbox: cannot mount"
     assert reason(process, do="die") == (verdict.CRASHED, said)
+    assert process.errors == "sandbox: cannot mount\n"
 
 
 def test_what_fails_before_a_kernel_is_loaded_is_no_reason(process):
     with pytest.raises(RuntimeError, match=r"^a kernel cannot be loaded here: OSError: no libra"):
-        process.ask(do="open")
+        process.ask(do="open", seconds=0)
+
+
+def test_setting_up_a_device_may_take_longer_than_a_call(process):
+    process._timeout = 0.5
+    with pytest.raises(RuntimeError, match=r"^a kernel cannot be loaded here: OSError: no libra"):
+        process.ask(do="open", seconds=1.5)
 
 
 def test_a_hang_is_a_reason(process):
-    process._worker._timeout = 1.0
+    process._timeout = 1.0
     said = "when it was called: no answer for 1 s: killed"
     assert reason(process, do="hang") == (verdict.HUNG, said)
 
 
 def test_seconds_are_those_between_its_messages(process):
-    assert 0.3 <= process.seconds(on_cpu=False, do="clock", works=0) < 60
+    # Of the 0.3 s that it sleeps, some pass before its first message is read.
+    assert 0.2 <= process.seconds(on_cpu=False, do="clock", works=0) < 60
     # On a CPU, what it waits for others is not its own: time is counted in hundredths.
     assert process.seconds(on_cpu=True, do="clock", works=0) < 0.2
     assert 0.38 <= process.seconds(on_cpu=True, do="clock", works=0.4) < 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastshard.build_record
+from archive import shared_builds
 from archive.parquet_rows import write_rows
 from emulator import runtime
 from fastshard import cli
@@ -397,8 +398,11 @@ def kernel(request, tmp_path_factory):
     except RuntimeError as error:
         skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", str(error))
     folder = tmp_path_factory.mktemp(request.param)
+    builds = shared_builds.folder_of(tmp_path_factory)
+    shared_builds.use(builds, folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTSHARD_CACHE_DIR", str(folder / "cache"))
+        shared_builds.compile_once(patch, builds)
         op_name = {"rms_norm": "36_RMSNorm_", "layer_norm": "40_LayerNorm"}[request.param]
         fetch(folder, {"Op_Name": op_name, "CUDA_Code": COMPILED[request.param]})
         found, _ = run(Measurer(lambda problem: measured(1.0)))
@@ -481,21 +485,21 @@ def test_signatures_that_are_not_the_op_s(kernel, monkeypatch):
 # On a GPU, by nvcc: the kernel is launched on no stream, which the wrapper must put right.
 
 
-@pytest.fixture(scope="module")
-def cuda_archive(tmp_path_factory):
+@pytest.fixture
+def cuda_archive(tmp_path, tmp_path_factory, monkeypatch):
     """The folder of a cache with a LayerNorm in CUDA, verified."""
-    folder = tmp_path_factory.mktemp("cuda")
+    builds = shared_builds.folder_of(tmp_path_factory)
+    shared_builds.use(builds, tmp_path / "cache")
+    shared_builds.compile_once(monkeypatch, builds)
+    monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(tmp_path / "cache"))
     code = (KERNELS / "layer_norm.cu").read_text()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTSHARD_CACHE_DIR", str(folder / "cache"))
-        fetch(folder, {"Op_Name": "40_LayerNorm", "CUDA_Code": code})
-    return folder / "cache"
+    fetch(tmp_path, {"Op_Name": "40_LayerNorm", "CUDA_Code": code})
+    return tmp_path / "cache"
 
 
 @CUDA_ONLY
-def test_a_slower_kernel_is_measured_and_refused(device, cuda_archive, monkeypatch):
+def test_a_slower_kernel_is_measured_and_refused(device, cuda_archive):
     """It is right, and its launches are captured in graphs; but it is slower, its copy included."""
-    monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(cuda_archive))
     said = []
     with pytest.raises(RuntimeError, match=r"ours; at best it takes [0-9.]+ of our time"):
         promote.promote(ID, trusts=True, dtypes=["float16"], parts=[], say=said.append)
@@ -506,7 +510,6 @@ def test_a_slower_kernel_is_measured_and_refused(device, cuda_archive, monkeypat
 
 @CUDA_ONLY
 def test_a_table_names_it_and_the_op_runs_it_in_a_graph(device, cuda_archive, monkeypatch):
-    monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(cuda_archive))
     found, _ = run(Measurer(lambda problem: measured(1.0)))
     entry = Entry("layer_norm", "float16", (7, 4096), found.name)
     version = fastshard.build_record.source_version()

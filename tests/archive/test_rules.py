@@ -172,10 +172,16 @@ def test_the_clock_outside():
 
 def test_the_physical_limit():
     rates = {"gbps": 1000.0, "tflops": 2.0, "cache_bytes": 1000}
-    assert rules.least_us(10**6, 1000, 0, rates) == pytest.approx(1.0)
-    assert rules.least_us(10**6, 10**6 + 1000, 0, rates) == pytest.approx(2.0)
-    assert rules.least_us(10**6, 0, 8 * 10**6, rates) == pytest.approx(4.0)
+    assert rules.least_us(10**6, 1000, rates) == pytest.approx(1.0)
+    assert rules.least_us(10**6, 10**6 + 1000, rates) == pytest.approx(2.0)
     assert rules.check_limit(0.96, 1.0) is None
     reason = rules.check_limit(0.9, 1.0)
     text = "0.9 us, less than the 1 us that the device takes at least"
     assert reason == Reason(verdict.TOO_FAST, text)
+
+
+def test_fewer_operations_than_the_reference_are_no_reason_to_reject():
+    rates = {"gbps": 1000.0, "tflops": 2.0, "cache_bytes": 1000}
+    assert rules.does_fewer_flops(3.7, 8 * 10**6, rates)
+    assert not rules.does_fewer_flops(3.9, 8 * 10**6, rates)
+    assert not rules.does_fewer_flops(1e-3, 0, rates)

@@ -219,6 +219,27 @@ def test_what_is_late_is_killed_with_all_it_forked(tmp_path, parts):
     assert all(ends(pid) for pid in pids)
 
 
+def test_what_is_forked_while_it_is_killed_ends_too(tmp_path, monkeypatch):
+    code = DAEMON.format(then="open('forked', 'w').close(); time.sleep(1000)")
+    command = [sys.executable, "-I", "-S", "-c", textwrap.dedent(code)]
+    process = Sandbox(tmp_path, Limits(), []).start(command)
+    deadline = time.monotonic() + TIMEOUT
+    while not (tmp_path / "forked").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    jailed, *below = filter(is_running, tree_of(process.pid))
+    started, daemon = sorted(below, key=lambda pid: os.getsid(pid) != jailed)
+    looks = iter([[jailed, started]])  # the first look at the tree comes before the fork
+    monkeypatch.setattr(sandbox, "tree_of", lambda pid: next(looks, None) or tree_of(pid))
+    try:
+        process.kill()
+        assert process.wait(TIMEOUT) == -signal.SIGKILL
+        assert ends(started)
+        assert ends(daemon)
+    finally:
+        if is_running(daemon):
+            os.kill(daemon, signal.SIGKILL)
+
+
 @EVERYWHERE
 def test_nothing_outlives_who_started_it(tmp_path, parts):
     code = f"""
@@ -315,6 +336,7 @@ def test_the_environment_is_a_few_variables(tmp_path, monkeypatch):
         "GIVEN",
         "PYTHONDONTWRITEBYTECODE",
         "PYTHONUSERBASE",
+        "TORCHINDUCTOR_COMPILE_THREADS",
     }
 
 

@@ -8,31 +8,60 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from archive import corpus
+from archive import corpus, shared_builds
 from fastshard import cli
-from fastshard.archive import compile, sandbox, schema, verdict, verify_command
+from fastshard.archive import compile, foreign, sandbox, schema, trial, verdict, verify_command
 from fastshard.archive.trial import Settings
 from fastshard.archive.verify import Verifier
 from helpers import CPU_ONLY, CUDA_ONLY, skip_or_fail
 
-MEMORY = {"cpu": 3 * sandbox.GIB, "cuda": 24 * sandbox.GIB}
+MEMORY = {"cpu": 3 * sandbox.GIB, "cuda": 12 * sandbox.GIB}
 SECONDS = 240.0  # of a call: what hangs is waited for, what does not is on a busy machine
-HANG_SECONDS = 45.0
+HANG_SECONDS = {"cpu": 8.0, "cuda": 15.0}
 
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory):
-    """A cache for all tests: each source is compiled once."""
-    return tmp_path_factory.mktemp("cache")
+    return shared_builds.folder_of(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
 def cache(builds, monkeypatch):
     monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(builds))
+    shared_builds.compile_once(monkeypatch, builds)
+
+
+class Watched(foreign.Foreign):
+    """Keeps how its processes ended, for the message of a test that fails."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __init__(self, target, box, timeout):
+        super().__init__(target, box, timeout)
+        self.target = target
+
+    def __exit__(self, *exception):
+        running = self._process is not None and self._process.poll() is None
+        super().__exit__(*exception)
+        status = self._process and self._process.returncode
+        how = "was running until the end" if running else f"had ended with status {status}"
+        self.seen.append(f"{self.target} {how}, stderr:\n{self.errors[-3000:]}")
+
+
+@pytest.fixture(autouse=True)
+def seen(monkeypatch):
+    monkeypatch.setattr(trial, "Foreign", Watched)
+    monkeypatch.setattr(Watched, "seen", [])
+
+
+def described(found: verdict.Verdict) -> str:
+    """All that is known of a verdict that a test did not expect."""
+    return "\n".join([repr(found), *Watched.seen])
 
 
 def verifier_on(device: torch.device, **changes) -> Verifier:
@@ -55,11 +84,14 @@ def row_of(name: str, device: torch.device) -> schema.Row:
 
 
 def check(name: str, device: torch.device, **changes) -> verdict.Verdict:
-    timeout = HANG_SECONDS if name == "hangs" else SECONDS
-    found = verifier_on(device, timeout=timeout, **changes)(row_of(name, device))
-    expected = corpus.ENTRIES[name]
-    assert found.verdict == expected.verdict, found.reason
-    assert re.fullmatch(expected.reason, found.reason, re.DOTALL), found.reason
+    timeout = HANG_SECONDS[device.type] if name == "hangs" else SECONDS
+    verify, expected = verifier_on(device, timeout=timeout, **changes), corpus.ENTRIES[name]
+    try:
+        found = verify(row_of(name, device))
+    except RuntimeError as error:
+        pytest.fail("\n".join([str(error), *Watched.seen]))
+    assert found.verdict == expected.verdict, described(found)
+    assert re.fullmatch(expected.reason, found.reason, re.DOTALL), described(found)
     return found
 
 
@@ -80,7 +112,7 @@ def test_a_trick_in_cuda_gets_its_verdict_and_reason(name, device):
 )
 def test_a_right_kernel_is_verified_and_timed(device):
     found = check("right", device)
-    assert set(found.times) == {"float32", "float16"}
+    assert set(found.times) == {"float32", "float16"}, described(found)
     for times in found.times.values():
         assert set(times) == {"candidate", "eager"}
         assert all(us > 0 for us in times.values())
@@ -90,6 +122,26 @@ def test_a_right_kernel_is_verified_and_timed(device):
     )
     assert found.claimed == {"native": 4.0, "compile": 5.0}
     assert found.environment["isolation"] == (", ".join(sandbox.allowed_parts()) or "limits alone")
+
+
+@pytest.mark.parametrize(
+    ("code", "dtypes"), [("float", ["float32"]), ("__half", ["float32", "float16"])]
+)
+def test_what_names_no_half_precision_is_not_tried_in_it(monkeypatch, code, dtypes):
+    verifier = verifier_on(torch.device("cpu"))
+    built, tried = compile.Built(Path("x.so"), None, Path()), []
+    monkeypatch.setattr(Verifier, "_build", lambda self, code: built)
+
+    def judge(self, row, built, dtype):
+        tried.append(dtype)
+        return trial.Seen(times={"candidate": 1.0})
+
+    monkeypatch.setattr(Verifier, "_judge", judge)
+    values = corpus.row("right") | {"CUDA_Code": code}
+    found = verifier(schema.row_of(values, "a", "here"))
+    assert tried == list(found.times) == dtypes
+    said = "float16 was not tried: the source does not name it"
+    assert found.notes == (() if "float16" in dtypes else (said,))
 
 
 @CPU_ONLY
@@ -116,9 +168,7 @@ def test_code_for_a_gpu_is_not_judged_without_one(device):
 def fetched(builds, tmp_path, monkeypatch, capsys):
     """An archive of two kernels, in a cache of its own with the builds of the others."""
     own = tmp_path / "cache"
-    (own / "archive").mkdir(parents=True)
-    if (builds / "archive" / "builds").exists():
-        (own / "archive" / "builds").symlink_to(builds / "archive" / "builds")
+    shared_builds.use(builds, own)
     monkeypatch.setenv("FASTSHARD_CACHE_DIR", str(own))
     corpus.write_parquet(tmp_path / "level_1.parquet", ["nulls", "wrong"])
     assert cli.main(["archive", "fetch", "--source", str(tmp_path / "level_1.parquet")]) == 0

@@ -88,7 +88,7 @@ torch::Tensor forward(torch::Tensor x, int64_t which) {
         setsid();
         for (;;) sleep(1);
       }
-      break;
+      return compute(x, torch::empty_like(x), kWrong);  // no further call is needed
     case kSpoilsFree: {
       void* freed;
       {
@@ -105,5 +105,6 @@ torch::Tensor forward(torch::Tensor x, int64_t which) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  prepare();
   m.def("forward", &forward, "softmax of rows");
 }
