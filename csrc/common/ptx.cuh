@@ -60,6 +60,17 @@ __device__ __forceinline__ void st_relaxed_64(void* global, uint64_t v) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(global), "l"(static_cast<unsigned long long>(v)) : "memory");
 }
 
+// Two such words where all GPUs see the same.
+__device__ __forceinline__ ulonglong2 ld_system_2x64(const void* global) {
+  ulonglong2 v;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(global) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_system_2x64(void* global, ulonglong2 v) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(global), "l"(v.x), "l"(v.y) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -7,6 +7,8 @@
 //
 //   x --norm, qkv--> qkv --attend--> attended --output, + x--> middle --norm, gate up--> hidden --down, + middle--> x
 //
+// Ranks that share a layer, each with a part of its heads and of its MLP, add up before x is added (decode/rank_sums.cuh).
+//
 // A buffer is written once a layer, and nobody writes it again before all have read it: every block's next write
 // follows from values that took all of this buffer. All blocks must be resident: a cooperative launch.
 // Floor: all weights once, and the keys and values in use, at the bandwidth of the memory.
@@ -15,14 +17,16 @@
 #include "decode/activations.cuh"
 #include "decode/attend.cuh"
 #include "decode/plan.cuh"
+#include "decode/rank_sums.cuh"
 #include "decode/step.h"
 
 namespace fastshard {
 
-template <int kHeadDim_, int kGroup_>
+template <int kHeadDim_, int kGroup_, bool kIsShared_>
 struct DecodeConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kGroup = kGroup_;  // most query heads of a key-value head
+  static constexpr bool kIsShared = kIsShared_;  // ranks share the layers
 };
 
 template <typename T, typename Config>
@@ -105,7 +109,7 @@ __device__ __forceinline__ void enter_rows(const DecodeStepParams& p, uint32_t f
       const T* row = static_cast<const T*>(p.hidden) + int64_t(token) * p.hidden_size;
       if (p.hidden == nullptr) {
         const int64_t id = p.tokens[token];
-        const bool inside = id >= 0 && id < p.vocab_size;
+        const bool inside = id >= 0 && id < p.num_embeddings;
         row = static_cast<const T*>(p.embedding) + (inside ? id : 0) * p.hidden_size;
         if (!inside) *p.overflow = 1;
       }
@@ -115,28 +119,59 @@ __device__ __forceinline__ void enter_rows(const DecodeStepParams& p, uint32_t f
   });
 }
 
-// x of the next layer, or what the shard gives out: the residual and the sums of all parts of the down product.
+// The middle of a layer, where ranks share it: the sums of all ranks, the bias and the residual.
 template <typename T>
-__device__ __forceinline__ void leave_layer(const DecodeStepParams& p, int layer, uint32_t flag) {
+__device__ __forceinline__ void join_attention(const DecodeStepParams& p, const void* bias, uint32_t flag,
+                                               uint32_t rank_flag) {
+  for_own_pairs(p, [&](bool valid, int, int token, int n) {
+    if (!valid) return;
+    const float2 sum = take_sum(p, RankSum::kAttention, token, n, rank_flag);
+    const float2 b = unpack_pair<T>(load_pair<T>(bias, n));
+    const float2 r = load_own_pair<T>(pair_word(p.buffers.entered, p.hidden_size, token, n));
+    store_flagged(pair_word(p.buffers.middle, p.hidden_size, token, n),
+                  pack_pair<T>(sum.x + b.x + r.x, sum.y + b.y + r.y), flag);
+  });
+}
+
+// Add the sums of all parts of the down product.
+__device__ __forceinline__ float2 add_parts(float2 sum, const DecodeStepParams& p, int token, int n, uint32_t flag) {
+  constexpr int kAtATime = 4;
+  const int parts = num_down_parts(p), stride = p.num_tokens * p.hidden_size;
+  const uint64_t* const from = p.buffers.down + token * p.hidden_size + n;
+#pragma unroll 1
+  for (int first = 0; first < parts; first += kAtATime) {
+    ulonglong2 words[kAtATime];
+    load_all_flagged(words, flag, [&](int i) {
+      return ptx::ld_relaxed_2x64(from + min(first + i, parts - 1) * stride);
+    });
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) {
+      if (first + i >= parts) continue;
+      sum.x += flagged_float(words[i].x), sum.y += flagged_float(words[i].y);
+    }
+  }
+  return sum;
+}
+
+// x of the next layer, or what the shard gives out: the residual and the down product.
+template <typename T, bool kIsShared>
+__device__ __forceinline__ void leave_layer(const DecodeStepParams& p, int layer, uint32_t flag, uint32_t rank_flag) {
   const bool is_last = layer == p.num_layers - 1 && p.head == nullptr;
-  const int parts = num_down_parts(p);
+  if constexpr (kIsShared) {  // all parts are given before any is waited for
+    for_own_pairs(p, [&](bool valid, int, int token, int n) {
+      if (!valid) return;
+      const float2 part = add_parts(make_float2(0.f, 0.f), p, token, n, flag);
+      give_part(p, RankSum::kMlp, token, n, part.x, part.y, rank_flag);
+    });
+  }
   for_own_pairs(p, [&](bool valid, int, int token, int n) {
     if (!valid) return;
     float2 sum = load_own_pair<T>(pair_word(p.buffers.middle, p.hidden_size, token, n));
-    constexpr int kAtATime = 4;
-    const int stride = p.num_tokens * p.hidden_size;
-    const uint64_t* const from = p.buffers.down + token * p.hidden_size + n;
-#pragma unroll 1
-    for (int first = 0; first < parts; first += kAtATime) {
-      ulonglong2 words[kAtATime];
-      load_all_flagged(words, flag, [&](int i) {
-        return ptx::ld_relaxed_2x64(from + min(first + i, parts - 1) * stride);
-      });
-#pragma unroll
-      for (int i = 0; i < kAtATime; ++i) {
-        if (first + i >= parts) continue;
-        sum.x += flagged_float(words[i].x), sum.y += flagged_float(words[i].y);
-      }
+    if constexpr (kIsShared) {
+      const float2 others = take_sum(p, RankSum::kMlp, token, n, rank_flag);
+      sum.x += others.x, sum.y += others.y;
+    } else {
+      sum = add_parts(sum, p, token, n, flag);
     }
     const uint32_t pair = pack_pair<T>(sum.x, sum.y);
     if (is_last) {
@@ -161,6 +196,8 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
 
   // x is written num_layers + 1 times a step, each with its own flag; zeros are no flag.
   const uint32_t first_flag = uint32_t(ptx::ld_relaxed_64(p.workspace)) * (p.num_layers + 1) + 1;
+  uint32_t rank_flag = 0;
+  if constexpr (Config::kIsShared) rank_flag = last_rank_flag(p);
   int longest = 1;  // old keys of a row
 #pragma unroll 1
   for (int token = 0; token < p.num_tokens; ++token) longest = max(longest, smem.rows[token].slot);
@@ -173,6 +210,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
     const int layer = index / 4;
     const DecodeLayer& weights = p.layers[min(layer, p.num_layers - 1)];
     const uint32_t flag = first_flag + layer;
+    if (Config::kIsShared && product == DecodeProduct::kQkv) ++rank_flag;
     const uint64_t* in = p.buffers.entered;
     const void* norm = nullptr;
     switch (product) {
@@ -223,6 +261,8 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
           if (valid && n % 4 == 0) store_flagged(to, pack_pair<T>(value, next), flag);
         } else if (!valid) {
           return;
+        } else if (Config::kIsShared && product == DecodeProduct::kOutput) {
+          give_part(p, RankSum::kAttention, token, n, first, second, rank_flag);
         } else if (product == DecodeProduct::kOutput) {
           const float2 r = kept.residual;
           store_flagged(pair_word(p.buffers.middle, p.hidden_size, token, n),
@@ -242,7 +282,10 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
       };
       multiply<kDecodeMaxTokens, T>(stream, smem.product, segment, out_features, p.num_tokens, load, begin, finish);
     }
-    if (product == DecodeProduct::kDown) leave_layer<T>(p, layer, flag);
+    if (Config::kIsShared && product == DecodeProduct::kOutput) {
+      join_attention<T>(p, weights.output_bias, flag, rank_flag);
+    }
+    if (product == DecodeProduct::kDown) leave_layer<T, Config::kIsShared>(p, layer, flag, rank_flag);
   }
   ptx::cp_async_wait<0>();
 
@@ -252,6 +295,7 @@ __global__ __launch_bounds__(kStreamThreads, 1) void decode_step_kernel(const __
   if (threadIdx.x == 0 && atomicAdd(exited, 1u) == gridDim.x - 1) {
     *exited = 0;
     *p.workspace += 1;
+    if (Config::kIsShared) *p.rank_sums[p.rank] += p.num_layers;
   }
 }
 

@@ -12,6 +12,7 @@ namespace fastshard {
 
 constexpr int kDecodeMaxTokens = 8;
 constexpr int kDecodeMaxLayers = 128;
+constexpr int kDecodeMaxRanks = 8;
 constexpr int kDecodeMaxSplits = 16;  // parts of a key-value head's keys
 
 // Of one layer: contiguous matrices [out_features, in_features] and vectors of T, 16-byte aligned.
@@ -38,7 +39,7 @@ struct DecodeBuffers {
 struct DecodeStepParams {
   // Either the tokens of a first shard, or the hidden state that another one gave.
   const int64_t* tokens;  // [num_tokens] or null
-  const void* embedding;  // [vocab_size, hidden_size] or null
+  const void* embedding;  // [num_embeddings, hidden_size] or null
   const void* hidden;     // [num_tokens, hidden_size] or null
   // What comes out: the logits of a last shard, or the hidden state.
   const void* norm;  // [hidden_size] or null
@@ -50,9 +51,14 @@ struct DecodeStepParams {
   const int64_t* slots;      // [num_tokens]: where k and v go; keys up to there are seen
   const int64_t* first_key;  // [num_tokens] or null: keys before it are not seen
   int* overflow;             // [1], set where a slot or position is out of range
+  // Ranks that share each layer: heads, units of the MLP and rows of the head are this rank's, and what enters and
+  // leaves a layer is whole. One rank: no memory.
+  int num_ranks, rank;
+  uint64_t* rank_sums[kDecodeMaxRanks];  // each rank's memory, decode_rank_sum_words(), zeros before the first step
   uint64_t* workspace;       // decode_workspace_words(), zeros before the first step
 
-  int num_tokens, num_layers, hidden_size, intermediate_size, vocab_size;
+  int num_tokens, num_layers, hidden_size, intermediate_size;
+  int num_embeddings, vocab_size;  // rows of the embedding and of the head
   int num_heads, num_kv_heads, head_dim, rotary_dim, num_positions, cache_size;
   float norm_eps;
   float softmax_scale;
@@ -69,10 +75,13 @@ struct DecodeStepParams {
 
 // Words of 64 bits.
 int64_t decode_workspace_words(const DecodeStepParams& params);
+int64_t decode_rank_sum_words(int num_ranks, int hidden_size);
 
 // One cooperative launch. T: __half, __nv_bfloat16. False, and nothing launched, where the current device cannot hold
 // the kernel's blocks together.
 template <typename T>
 bool decode_step(const DecodeStepParams& params, cudaStream_t stream);
+template <typename T>
+bool decode_step_of_ranks(const DecodeStepParams& params, cudaStream_t stream);  // num_ranks > 1
 
 }  // namespace fastshard

@@ -9,8 +9,10 @@
 
 namespace fastshard {
 
+__device__ __forceinline__ uint64_t flagged_word(uint32_t value, uint32_t flag) { return uint64_t(flag) << 32 | value; }
+
 __device__ __forceinline__ void store_flagged(uint64_t* word, uint32_t value, uint32_t flag) {
-  ptx::st_relaxed_64(word, uint64_t(flag) << 32 | value);
+  ptx::st_relaxed_64(word, flagged_word(value, flag));
 }
 
 __device__ __forceinline__ uint32_t flag_error(uint64_t word, uint32_t flag) { return uint32_t(word >> 32) ^ flag; }

@@ -43,6 +43,24 @@ int size_of(const char* name, int64_t size, int64_t multiple) {
   return static_cast<int>(size);
 }
 
+// The memory of all ranks, which is on their GPUs.
+void set_ranks(DecodeStepParams& p, const Tensor& like, const Tensors& rank_sums, int64_t rank) {
+  p.num_ranks = std::max<int>(1, static_cast<int>(rank_sums.size()));
+  STD_TORCH_CHECK(rank_sums.size() != 1 && p.num_ranks <= kDecodeMaxRanks && rank >= 0 && rank < p.num_ranks,
+                  "decode_step: rank_sums must be of no or 2 to ", kDecodeMaxRanks, " ranks, and rank one of them, got ",
+                  rank_sums.size(), " and ", rank);
+  p.rank = static_cast<int>(rank);
+  for (size_t i = 0; i < rank_sums.size(); ++i) {
+    const Tensor& memory = rank_sums[i];
+    STD_TORCH_CHECK(memory.device().type() == like.device().type() && memory.scalar_type() == ScalarType::Long &&
+                        memory.is_contiguous() && is_aligned16(memory) &&
+                        memory.numel() >= decode_rank_sum_words(p.num_ranks, p.hidden_size),
+                    "decode_step: rank_sums must be contiguous int64 of ",
+                    decode_rank_sum_words(p.num_ranks, p.hidden_size), " words");
+    p.rank_sums[i] = static_cast<uint64_t*>(memory.mutable_data_ptr());
+  }
+}
+
 }  // namespace
 
 void decode_step_cuda(const Tensor& x, const std::optional<Tensor>& embedding, const Tensors& sa_norm,
@@ -53,7 +71,8 @@ void decode_step_cuda(const Tensor& x, const std::optional<Tensor>& embedding, c
                       const Tensor& rope_table, const Tensor& positions, const Tensor& slots,
                       const std::optional<Tensor>& first_key, const Tensor& overflow, const Tensor& workspace,
                       const Tensor& out, int64_t num_heads, double norm_eps, bool weight_in_fp32, bool rope_interleaved,
-                      const std::string& activation, const std::vector<int64_t>& windows) {
+                      const std::string& activation, const std::vector<int64_t>& windows, const Tensors& rank_sums,
+                      int64_t rank) {
   const size_t num_layers = sa_norm.size();
   STD_TORCH_CHECK(num_layers >= 1 && num_layers <= kDecodeMaxLayers && windows.size() == num_layers,
                   "decode_step: there must be 1 to ", kDecodeMaxLayers, " layers, each with a window, got ",
@@ -114,16 +133,17 @@ void decode_step_cuda(const Tensor& x, const std::optional<Tensor>& embedding, c
     STD_TORCH_CHECK(windows[i] >= 0, "decode_step: windows must be at least 0, got ", windows[i]);
   }
 
+  set_ranks(p, like, rank_sums, rank);
   if (embedding) {
     STD_TORCH_CHECK(embedding->dim() == 2, "decode_step: embedding must have two dimensions");
-    p.vocab_size = size_of("vocab_size", embedding->size(0), 1);
+    p.num_embeddings = size_of("vocab_size", embedding->size(0), 1);
     p.tokens = indices_of("x", x, like, batch);
     p.embedding = data_of("embedding", *embedding, like, {embedding->size(0), hidden_size});
   } else {
     p.hidden = data_of("x", x, like, {batch, hidden_size});
   }
   if (head) {
-    STD_TORCH_CHECK(head->dim() == 2 && (!embedding || head->size(0) == p.vocab_size),
+    STD_TORCH_CHECK(head->dim() == 2 && (!embedding || head->size(0) * p.num_ranks == p.num_embeddings),
                     "decode_step: head must be [vocab_size, hidden_size], as the embedding");
     p.vocab_size = size_of("vocab_size", head->size(0), 1);
     p.norm = data_of("norm", *norm, like, {hidden_size});

@@ -12,6 +12,7 @@
 """
 
 from fastshard.ops._autograd import INFERENCE_ONLY
+from fastshard.ops._decode_arguments import decode_rank_sums_size
 from fastshard.ops._library import COSTS, Cost, load_kernels
 from fastshard.ops.activation import act_and_mul, silu_and_mul
 from fastshard.ops.attention import attention, attention_layer_norm, cached_attention
@@ -49,6 +50,7 @@ __all__ = [
     "attention",
     "attention_layer_norm",
     "cached_attention",
+    "decode_rank_sums_size",
     "decode_step",
     "decode_step_refusal",
     "decode_workspace_size",

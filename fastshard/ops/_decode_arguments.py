@@ -13,6 +13,7 @@ from fastshard.ops.activation import ACTIVATIONS
 MAX_BATCH = 8
 MAX_LAYERS = 128
 MAX_GROUP = 8  # query heads of one key/value head
+MAX_RANKS = 8
 HEAD_DIMS = (64, 96, 128)
 
 
@@ -34,6 +35,9 @@ class DecodeWeights:
         embedding: ``[vocab_size, hidden_size]``, of the first shard; else None.
         norm: ``[hidden_size]``, before the head, of the last shard; else None.
         head: ``[vocab_size, hidden_size]``, with ``norm``; a tied one is ``embedding`` itself.
+
+    Of ranks that share each layer ``num_heads``, ``num_kv_heads``, ``intermediate_size`` and the
+    rows of ``head`` are this rank's; the embedding, norms and ``output_bias`` are whole.
     """
 
     sa_norm: Sequence[Tensor]
@@ -90,6 +94,8 @@ class DecodeArguments(NamedTuple):
     rope_interleaved: bool
     activation: str
     windows: list[int]
+    rank_sums: list[Tensor]
+    rank: int
 
 
 class DecodeSizes(NamedTuple):
@@ -198,11 +204,13 @@ def check_weights(step: DecodeArguments, sizes: DecodeSizes) -> None:
         )
     if (step.norm is None) != (step.head is None):
         raise ValueError(f"norm and head must be given together, got {step.norm}, {step.head}")
-    vocab_size = "vocab_size" if step.embedding is None else step.embedding.shape[0]
+    vocab_size = "vocab_size"
+    if step.embedding is not None:
+        vocab_size = step.embedding.shape[0] // max(1, len(step.rank_sums))
     for name, shape in (
         ("norm", (hidden_size,)),
         ("embedding", ("vocab_size", hidden_size)),
-        ("head", (vocab_size, hidden_size)),
+        ("head", (vocab_size, hidden_size)),  # of ranks: a part of the rows
     ):
         if getattr(step, name) is not None:
             _check_tensor(name, getattr(step, name), shape, like.dtype, like.device)
@@ -254,6 +262,29 @@ def check_state(step: DecodeArguments, sizes: DecodeSizes, workspace_size: int) 
         _check_tensor("out", step.out, (batch, hidden_size), dtype, device)
     else:
         _check_tensor("out", step.out, (batch, step.head.shape[0]), torch.float32, device)
+
+
+def check_rank_sums(step: DecodeArguments, hidden_size: int) -> None:
+    """Raise unless there is memory of all ranks, or none."""
+    num_ranks, like = len(step.rank_sums), step.sa_norm[0]
+    if num_ranks == 0:
+        if step.rank != 0:
+            raise ValueError(f"rank must be 0 without rank_sums, got {step.rank}")
+        return
+    if not 2 <= num_ranks <= MAX_RANKS:
+        raise ValueError(f"rank_sums must be of 2 to {MAX_RANKS} ranks, or none, got {num_ranks}")
+    if not 0 <= step.rank < num_ranks:
+        raise ValueError(f"rank must be 0 to {num_ranks - 1}, got {step.rank}")
+    size = decode_rank_sums_size(num_ranks, hidden_size)
+    for i, memory in enumerate(step.rank_sums):
+        # Of another rank it may be the memory of another GPU.
+        device = like.device if i == step.rank else memory.device
+        _check_tensor(f"rank_sums[{i}]", memory, (size,), torch.int64, device)
+
+
+def decode_rank_sums_size(num_ranks: int, hidden_size: int) -> int:
+    """How many int64 words each of the ``rank_sums`` of :func:`decode_step` has."""
+    return 16 + 2 * num_ranks * MAX_BATCH * hidden_size
 
 
 def _all_fit(

@@ -15,6 +15,7 @@ from fastshard.ops._decode_arguments import (
     DecodeArguments,
     DecodeSizes,
     DecodeWeights,
+    check_rank_sums,
     check_state,
     check_weights,
     decode_sizes,
@@ -34,7 +35,7 @@ define(
     "Tensor? norm, Tensor? head, Tensor(a!)[] k_cache, Tensor(b!)[] v_cache, Tensor rope_table, "
     "Tensor positions, Tensor slots, Tensor? first_key, Tensor(c!) overflow, "
     "Tensor(d!) workspace, Tensor(e!) out, int num_heads, float norm_eps, bool weight_in_fp32, "
-    "bool rope_interleaved, str activation, int[] windows) -> ()"
+    "bool rope_interleaved, str activation, int[] windows, Tensor(f!)[] rank_sums, int rank) -> ()"
 )
 inference_only("decode_step", "a model of torch.nn's own modules")
 
@@ -93,6 +94,8 @@ def decode_step(
     rope_interleaved: bool,
     activation: str = "silu",
     windows: Sequence[int] | None = None,
+    rank_sums: Sequence[Tensor] = (),
+    rank: int = 0,
 ) -> None:
     """Run one token a row through a shard: writes ``out``, both caches and ``overflow`` in place.
 
@@ -120,7 +123,8 @@ def decode_step(
             row is as of token 0.
         workspace: From :func:`new_decode_workspace`, for at least b rows; of these weights alone.
         out: ``[b, vocab_size]`` float32 logits of the last shard, rounded to the dtype of the
-            weights before; else the hidden state, as ``x``.
+            weights before; of ranks, those of this rank's rows of the head. Else the hidden state,
+            as ``x``.
         num_heads: Query heads, 1 to 8 times the key/value heads.
         norm_eps: Of every norm.
         weight_in_fp32: Of every norm, as in :func:`rms_norm`; the kernel, which scales products
@@ -129,6 +133,12 @@ def decode_step(
         activation: As in :func:`fused_mlp`.
         windows: A layer's sliding window, the token itself included; 0, or None for all layers: no
             window.
+        rank_sums: Where ranks, each on a GPU of its own, share the layers: memory of each, int64
+            ``[decode_rank_sums_size(num_ranks, hidden_size)]``, zeros before the first step, which
+            all of them can reach. Each runs the same steps, and waits for the others: products with
+            ``output_weight`` and ``down_weight`` are added up over the ranks in float32, before the
+            bias, the residual and the only rounding. CUDA only.
+        rank: This one.
 
     Raises:
         ValueError: A shape, size, stride or device is not as above.
@@ -158,8 +168,11 @@ def decode_step(
         rope_interleaved,
         activation,
         [0] * len(weights.sa_norm) if windows is None else list(windows),
+        list(rank_sums),
+        rank,
     )
     sizes = decode_sizes(weights, num_heads)
+    check_rank_sums(step, sizes.hidden_size)
     check_weights(step, sizes)
     rule = decode_step_refusal(
         batch=x.shape[0] if x.dim() else 0,
@@ -197,6 +210,8 @@ def _(*arguments) -> None:
 @torch.library.impl("fastshard::decode_step", "cpu")
 def _(*arguments) -> None:
     step = DecodeArguments(*arguments)
+    if step.rank_sums:
+        raise RuntimeError("decode_step: ranks share layers on GPUs only, got cpu")
     eps, in_fp32 = step.norm_eps, step.weight_in_fp32
 
     def normed(x: Tensor, weight: Tensor) -> Tensor:

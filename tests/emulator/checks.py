@@ -230,7 +230,7 @@ def norm_weight(size: int) -> Tensor:
     return fenced((1 + 0.3 * torch.randn(size)).half())
 
 
-@check("decode/*.cu", num_sms=5)
+@check("decode/step.cu", num_sms=5)
 def decode_step():
     """Two steps of two layers, and of one: their flags differ by the count of steps alone.
 
@@ -278,7 +278,7 @@ def decode_step():
     return lambda: (*steps(2), *steps(1))
 
 
-@check("decode/*.cu")
+@check("decode/step.cu")
 def decode_tokens():
     """Eight tokens on one block: rows longer than a slice, a ragged last tile of the head."""
     hidden, intermediate, d, vocab, slots = 4104, 8, 64, 131, torch.arange(8) + 3

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +17,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "fiber.h"
@@ -35,6 +37,7 @@ constexpr uint64_t kStackMark = 0x5afe57ac4badc0deu;
 constexpr uint32_t kSharedWindow = 1024 + 128;  // address of the first byte; a multiple of 128 and of nothing more
 constexpr uint16_t kPoison = 0x7fff;  // NaN as fp16 and bf16; two of them are NaN as fp32
 constexpr uint16_t kGuard = 0x7ea5;   // no copy of poison
+constexpr int64_t kIdleYieldsBeforeSleep = 1'000;
 constexpr int64_t kMaxIdleYields = 2'000'000;  // yields in a row in which no thread got anywhere
 
 struct Warp;
@@ -540,6 +543,12 @@ void yield() {
   self.waits_for = "memory that it polls";
   self.warp->yielded |= bit(self.lane);
   reschedule();
+}
+
+void poll_system() {
+  // Another GPU is another process, which may need this processor.
+  if (m.idle_yields > kIdleYieldsBeforeSleep) std::this_thread::sleep_for(std::chrono::microseconds(50));
+  yield();
 }
 
 void maybe_yield() {

@@ -75,6 +75,8 @@ struct BarrierResult {
 };
 BarrierResult block_barrier(const char* name, bool predicate);
 
+// As what spins on memory that another process writes.
+void poll_system();
 // Lets every other thread run before this one goes on: for what spins on memory (atomics, polling loads).
 void yield();
 // Does so at random where FASTSHARD_EMULATOR_SEED is set.

@@ -127,6 +127,13 @@ __device__ __forceinline__ uint64_t ld_relaxed_64(const void* global) {
 
 __device__ __forceinline__ void st_relaxed_64(void* global, uint64_t v) { *static_cast<uint64_t*>(global) = v; }
 
+__device__ __forceinline__ ulonglong2 ld_system_2x64(const void* global) {
+  simt::poll_system();
+  return *static_cast<const ulonglong2*>(global);
+}
+
+__device__ __forceinline__ void st_system_2x64(void* global, ulonglong2 v) { *static_cast<ulonglong2*>(global) = v; }
+
 __device__ __forceinline__ int mov_opaque(int x) { return x; }
 
 __device__ __forceinline__ float ex2(float x) { return exp2f(x); }
