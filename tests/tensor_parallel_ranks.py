@@ -11,6 +11,7 @@ from tiny_checkpoints import FAMILIES
 
 import fastshard
 from fastshard import Shard, generate_batch
+from fastshard.decode.shard_step import ShardStep
 from fastshard.dist import TensorParallel, World, join_world
 
 NUM_LAYERS = 3
@@ -105,3 +106,33 @@ def share_on_gpus(folder: Path, device: str) -> None:
                     "warnings": [str(warning.message) for warning in warned],
                 }
         torch.save(results, folder / f"{world.rank}.pt")
+
+
+def step_on_gpus(folder: Path) -> None:
+    """Save what one of two ranks gives of each family after a prompt, a launch a step."""
+    results = {}
+    with join_world(tp=2, device="cuda", sums="one_shot") as world:
+        for family in FAMILIES:
+            for dtype in (torch.float16, torch.bfloat16):
+                model = fastshard.load(
+                    folder / family,
+                    device=world.device,
+                    dtype=dtype,
+                    tensor_parallel=world.tensor_parallel,
+                )
+                results[family, dtype] = launched_logits(model, TOKENS.to(world.device))
+        torch.save(results, folder / f"{world.rank}.pt")
+
+
+@torch.no_grad()
+def launched_logits(model, tokens: torch.Tensor, num_prompt: int = 15) -> torch.Tensor:
+    """``[b, s, vocab_size]``, of the tokens after the prompt by ``ops.decode_step``."""
+    pieces = [model.generate(tokens[:, :num_prompt])[1]]
+    held = torch.full((len(tokens),), num_prompt, device=tokens.device)
+    lengths = held + 1
+    step = ShardStep(model, held, held, lengths, None)
+    for i in range(num_prompt, tokens.shape[1]):
+        pieces.append(step.persistent(tokens[:, i].contiguous())[:, None].clone())
+        held += 1
+        lengths += 1
+    return torch.cat(pieces, 1).cpu()

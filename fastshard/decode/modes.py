@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastshard import ops
 from fastshard.environment import decode_mode
-from fastshard.models import ModelConfig, ShardedGeneralModel
+from fastshard.models import ModelConfig, ShardedGeneralModel, divided
 
 MODES = ("auto", "persistent", "graph", "eager")
 
@@ -55,8 +55,8 @@ def choose_mode(
     """Decide how these shards decode ``batch`` rows.
 
     Args:
-        mode: One of ``MODES``. ``auto`` is persistent on a GPU, graph where ranks share layers, and
-            eager on CPUs.
+        mode: One of ``MODES``. ``auto`` is persistent on a GPU, graph where ranks share layers and
+            do not add up in one shot, and eager on CPUs.
 
     Returns:
         ``persistent``, ``graph`` or ``eager``, and where that is not what was asked for, why.
@@ -69,8 +69,8 @@ def choose_mode(
         fallback, reason = "eager", "a CUDA graph needs a GPU, got cpu"
     elif not all(model.model.is_capturable for model in models):
         fallback, reason = "eager", "a CUDA graph cannot hold a sum over ranks by other than nccl"
-    is_shared = any(model.model.parts for model in models)
-    if mode == "graph" or (mode == "auto" and is_shared):
+    by_group = any(model.model.launch_refusal for model in models)
+    if mode == "graph" or (mode == "auto" and by_group):
         return fallback, reason
     reason = next(filter(None, (_refusal(model, batch) for model in models)), None)
     return ("persistent", None) if reason is None else (fallback, reason)
@@ -83,9 +83,10 @@ def is_gpu(device: torch.device) -> bool:
 def _refusal(model: ShardedGeneralModel, batch: int) -> str | None:
     """Why ``ops.decode_step`` cannot run this shard, or None."""
     config, parts = model.config, model.model.parts
+    if model.model.launch_refusal is not None:
+        return model.model.launch_refusal
     if parts:
-        count = next(iter(parts.values())).count
-        return f"a launch runs whole layers, and tensor parallelism divides them by {count}"
+        config = divided(config, next(iter(parts.values())).count)
     if model.device.type == "cuda":
         if model.dtype == torch.float32:
             return "weights must be float16 or bfloat16 on CUDA, got torch.float32"

@@ -1,5 +1,7 @@
 """One shard's decode step over static buffers, in one launch or by its layers' own ops."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class ShardStep:
         # Held for as long as a graph may read them, also if the model is moved meanwhile.
         self._weights = decode_weights(decoder)
         self._caches = [layer.attn.kv_cache for layer in decoder.layers.values()]
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[str, Any] = {}
 
     def by_layers(self, x: Tensor) -> Tensor:
         """Logits ``[b, vocab_size]`` float32, or the hidden state."""
@@ -46,7 +48,7 @@ class ShardStep:
         decoder, config, weights = self._decoder, self._decoder.config, self._weights
         attn = next(iter(decoder.layers.values())).attn
         if not self._buffers:
-            self._buffers = _buffers(weights, x.shape[0], config.num_heads)
+            self._buffers = _buffers(weights, x.shape[0], attn.num_heads) | decoder.rank_sums()
         ops.decode_step(
             x,
             weights,
@@ -57,7 +59,7 @@ class ShardStep:
             slots=self._slots,
             first_key=self._first_key,
             overflow=self._caches[0].overflow,
-            num_heads=config.num_heads,
+            num_heads=attn.num_heads,
             norm_eps=config.norm_eps,
             weight_in_fp32=True,
             rope_interleaved=config.rope_interleaved,
@@ -65,7 +67,8 @@ class ShardStep:
             windows=[config.window(i) or 0 for i in decoder.shard.layers],
             **self._buffers,
         )
-        return self._buffers["out"]
+        out = self._buffers["out"]
+        return out if weights.head is None else decoder.join_logits(out)
 
 
 def _buffers(weights: ops.DecodeWeights, batch: int, num_heads: int) -> dict[str, Tensor]:

@@ -136,6 +136,7 @@ class Part:
         self._replay: Callable[[], None] | None = None
         self._is_warm = False
         self._num_steps = 0
+        self._is_shared = any(model.model.parts for model in models)  # by ranks that do the same
         self._is_whole = first.shard.is_first_layer() and last.shard.is_last_layer()
         with torch.inference_mode(False):  # later steps may be outside of it
             first_key = None if first_key is None else first_key.to(self.device, torch.int64)
@@ -206,7 +207,8 @@ class Part:
         try:
             self._run()
         except RuntimeError as error:
-            if not self.is_persistent or _NOT_RESIDENT not in str(error):
+            can_go_on = self.is_persistent and not self._is_shared
+            if not can_go_on or _NOT_RESIDENT not in str(error):
                 raise
             reason = str(error).splitlines()[0]
         if reason is not None:

@@ -1,8 +1,9 @@
-"""OneShotSum: a sum of few rows over the GPUs of a host, each of which reads the others' memory.
+"""OneShotSum: a sum of few rows over the GPUs of a host, each of which reaches the others' memory.
 
 One kernel: it waits until all ranks have their summand in place, adds what it reads from them, and
 waits until all have read. NCCL needs more rounds, which for the 8 KB of a token is all that a sum
-takes. The memory, and the kernel, are PyTorch's ``symm_mem``; no NVLink multicast.
+takes. The memory, and the kernel, are PyTorch's ``symm_mem``; no NVLink multicast. A decode step in
+one launch (``ops.decode_step``) adds up by itself, through such memory.
 """
 
 import os
@@ -29,15 +30,23 @@ class Place(NamedTuple):
 class OneShotSum:
     """Sums of up to ``MAX_BYTES``; every rank of the group runs the same ones, on one stream."""
 
-    def __init__(self, buffer: Tensor, reduce: Callable[[Tensor, Tensor], object]):
+    def __init__(
+        self,
+        buffer: Tensor,
+        reduce: Callable[[Tensor, Tensor], object],
+        share: Callable[[int], list[Tensor]],
+    ):
         """Use memory that the other ranks can read; see ``meet``.
 
         Args:
             buffer: ``[MAX_BYTES]`` uint8.
             reduce: Given ``[n]`` at the start of the buffer and an output ``[n]``, sums over ranks.
+            share: Makes int64 zeros ``[n]`` on each rank, and gives those of all.
         """
         self._buffer = buffer
         self._reduce = reduce
+        self._share = share
+        self._step_memory: dict[int, list[Tensor]] = {}
 
     @classmethod
     def meet(cls, group: dist.ProcessGroup, device: torch.device) -> "OneShotSum":
@@ -54,7 +63,17 @@ class OneShotSum:
         with torch.inference_mode(False):
             buffer = symm_mem.empty(MAX_BYTES, dtype=torch.uint8, device=device)
         symm_mem.rendezvous(buffer, group)
-        return cls(buffer, lambda part, out: all_reduce(part, "sum", name, out))
+        met = []  # the others' memory can be reached for as long as these are there
+
+        def share(num_words: int) -> list[Tensor]:
+            with torch.inference_mode(False):
+                words = symm_mem.empty(num_words, dtype=torch.int64, device=device).zero_()
+            torch.cuda.synchronize(device)  # another rank writes there as soon as they have met
+            met.append(symm_mem.rendezvous(words, group))
+            size, shape = dist.get_world_size(group), (num_words,)
+            return [met[-1].get_buffer(rank, shape, torch.int64) for rank in range(size)]
+
+        return cls(buffer, lambda part, out: all_reduce(part, "sum", name, out), share)
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``x`` can be summed like this; alike on all ranks, it looks at shapes alone."""
@@ -73,6 +92,12 @@ class OneShotSum:
         part.copy_(rows)
         self._reduce(part, rows)
         return x
+
+    def step_memory(self, num_words: int) -> list[Tensor]:
+        """``rank_sums`` of ``ops.decode_step``, one for all steps; every rank must ask alike."""
+        if num_words not in self._step_memory:
+            self._step_memory[num_words] = self._share(num_words)
+        return self._step_memory[num_words]
 
 
 def one_shot_refusal(places: list[Place]) -> str | None:

@@ -182,6 +182,19 @@ class TensorParallelDecoder(ShardTransformerDecoder):
     def is_capturable(self) -> bool:
         return self.ranks.is_capturable
 
+    @property
+    def launch_refusal(self) -> str | None:
+        if self.ranks.one_shot is None:
+            return "ranks add up within a launch where they do in one shot (FASTSHARD_SUMS)"
+        return None
+
+    def rank_sums(self) -> dict[str, Any]:
+        size = ops.decode_rank_sums_size(self.ranks.size, self.config.hidden_size)
+        return {"rank_sums": self.ranks.one_shot.step_memory(size), "rank": self.ranks.index}
+
+    def join_logits(self, logits: Tensor) -> Tensor:
+        return self.ranks.gather(logits).transpose(0, 1).flatten(1)
+
     def unembed(self, h: Tensor) -> Tensor:
         """Norm and head: ``[b, s, hidden_size]`` to ``[b, s, vocab_size]`` float32."""
         parts = self.ranks.gather(ops.linear(self.norm(h), self.head))  # [size, b, s, rows]

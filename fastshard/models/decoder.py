@@ -125,6 +125,19 @@ class ShardTransformerDecoder(nn.Module):
         return True
 
     @property
+    def launch_refusal(self) -> str | None:
+        """Why ``ops.decode_step`` cannot run the layers, whatever their sizes; None: it can."""
+        return None
+
+    def rank_sums(self) -> dict[str, Any]:
+        """Arguments by which ``ops.decode_step`` adds up over ranks that share the layers."""
+        return {}
+
+    def join_logits(self, logits: Tensor) -> Tensor:
+        """Logits ``[b, vocab_size]`` from those of this rank's rows of the head."""
+        return logits
+
+    @property
     def _any_layer(self) -> TransformerSelfAttentionLayer:
         return self.layers[str(self.shard.start_layer)]
 

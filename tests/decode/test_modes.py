@@ -1,5 +1,6 @@
 """Decode modes: which one runs where, what is said when it cannot, and who decides."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +23,20 @@ def has_kernel(monkeypatch):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *names: True)
 
 
-def fake(device="cuda:0", dtype=torch.float16, layers=200, parts=(), capturable=True, **changes):
+def fake(
+    device="cuda:0",
+    dtype=torch.float16,
+    layers=200,
+    parts=(),
+    capturable=True,
+    launch_refusal=None,
+    **changes,
+):
     config = SimpleNamespace(**{**CONFIG.__dict__, **changes})
     shard = Shard("fake", 0, layers - 1, 200)
-    model = SimpleNamespace(parts=dict(parts), is_capturable=capturable)
+    model = SimpleNamespace(
+        parts=dict(parts), is_capturable=capturable, launch_refusal=launch_refusal
+    )
     return SimpleNamespace(
         device=torch.device(device), dtype=dtype, config=config, shard=shard, model=model
     )
@@ -84,7 +95,7 @@ def test_a_build_without_the_kernel_falls_back(monkeypatch):
 
 
 PARTS = {"layers.0.mlp.w2.weight": TensorPart(1, 0, 2)}
-DIVIDED = "a launch runs whole layers, and tensor parallelism divides them by 2"
+DIVIDED = "ranks add up by their group"
 WAITS = "a CUDA graph cannot hold a sum over ranks by other than nccl"
 
 
@@ -103,10 +114,31 @@ WAITS = "a CUDA graph cannot hold a sum over ranks by other than nccl"
     ],
 )
 @pytest.mark.usefixtures("has_kernel")
-def test_divided_layers_are_never_one_launch(mode, device, capturable, expected):
+def test_layers_that_a_group_adds_up_are_never_one_launch(mode, device, capturable, expected):
     """And only a group of NCCL's lets them be a graph."""
-    model = fake(device, layers=100, parts=PARTS, capturable=capturable)
+    settings = {"parts": PARTS, "capturable": capturable, "launch_refusal": DIVIDED}
+    model = fake(device, layers=100, **settings)
     assert modes.choose_mode(mode, [fake(device, layers=100), model], 1) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "expected"),
+    [
+        ("auto", {}, ("persistent", None)),
+        ("persistent", {}, ("persistent", None)),
+        ("graph", {}, ("graph", None)),
+        (
+            "auto",
+            {"intermediate_size": 24},
+            ("graph", "intermediate_size must be a positive multiple of 8, got 12"),
+        ),
+    ],
+)
+@pytest.mark.usefixtures("has_kernel")
+def test_layers_that_ranks_add_up_in_one_shot_are_one_launch(mode, changes, expected):
+    model = fake(layers=100, parts=PARTS)
+    model.config = replace(CONFIG, **changes)
+    assert modes.choose_mode(mode, [model], 1) == expected
 
 
 def test_a_cpu_falls_back_to_eager():

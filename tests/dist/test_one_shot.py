@@ -20,7 +20,7 @@ def of_two_alike():
         assert part.data_ptr() == buffer.data_ptr()  # where the others look for it
         out.copy_(part * 2)
 
-    return OneShotSum(buffer, reduce)
+    return OneShotSum(buffer, reduce, lambda n: [torch.zeros(n, dtype=torch.int64)] * 2)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT])
@@ -53,6 +53,13 @@ ROOM = MAX_BYTES // BFLOAT16.itemsize
 )
 def test_what_it_takes(of_two_alike, x, is_taken):
     assert of_two_alike.takes(x) is is_taken
+
+
+def test_steps_share_their_memory(of_two_alike):
+    memory = of_two_alike.step_memory(24)
+    assert [len(words) for words in memory] == [24, 24]
+    assert of_two_alike.step_memory(24) is memory
+    assert len(of_two_alike.step_memory(40)[0]) == 40
 
 
 def test_the_group_sums_the_rest(of_two_alike, monkeypatch):

@@ -12,7 +12,9 @@ from tiny_checkpoints import FAMILIES, make_reference
 import decoder_reference as reference
 import fastshard
 from fastshard import ModelConfig, Shard, ShardedGeneralModel, generate_batch
+from fastshard.decode.shard_step import ShardStep
 from fastshard.dist import TensorParallel
+from fastshard.dist.one_shot import OneShotSum
 from helpers import CUDA_ONLY, NCCL_LIMIT, TWO_PLACES, assert_as_accurate, check_place
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -108,6 +110,66 @@ def test_two_ranks_on_gpus_are_as_accurate_as_pytorch(device, place, tmp_path):
         golden = golden_logits(tmp_path / family, dtype)
         naive = naive_logits(family, dtype, **sizes)
         assert_as_accurate(result["logits"].to(dtype), golden, naive)
+
+
+@CUDA_ONLY
+def test_launches_of_two_gpus_are_as_accurate_as_pytorch(device, tmp_path):
+    """Steps of which each is one launch a rank, with the sums in it."""
+    check_place("cuda")
+    sizes = HEADS | {"hidden_size": 512, "head_dim": 64, "intermediate_size": 768}
+    for family in FAMILIES:
+        make_reference(family, **sizes).save_pretrained(tmp_path / family)
+    run_ranks(2, "tensor_parallel_ranks:step_on_gpus", tmp_path, limit=2 * NCCL_LIMIT)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for (family, dtype), logits in first.items():
+        assert torch.equal(logits, second[family, dtype])
+        golden = golden_logits(tmp_path / family, dtype)
+        naive = naive_logits(family, dtype, **sizes)
+        assert_as_accurate(logits.to(dtype), golden, naive)
+
+
+@pytest.mark.parametrize("span", [(0, 2), (0, 0), (2, 2)])
+def test_a_launch_takes_the_part_of_its_rank(folder, span, monkeypatch):
+    memory = {}
+
+    def share(num_words):
+        memory[num_words] = [torch.zeros(num_words, dtype=torch.int64) for _ in range(2)]
+        return memory[num_words]
+
+    one_shot = OneShotSum(torch.empty(0), lambda part, out: None, share)
+    ranks = TensorParallel(1, 2, one_shot=one_shot)
+    model = fastshard.load(
+        folder / "llama",
+        shard=Shard("tiny", *span, NUM_LAYERS),
+        device="cpu",
+        tensor_parallel=ranks,
+    )
+    model.model.setup_caches(1, torch.float32)
+    asked = []
+
+    def decode_step(x, weights, **given):
+        given["out"].fill_(3)
+        asked.append((weights, given))
+
+    monkeypatch.setattr(fastshard.ops, "decode_step", decode_step)
+    monkeypatch.setattr(TensorParallel, "gather", lambda self, x: torch.stack([x, x + 1]))
+    zeros = torch.zeros(1, dtype=torch.int64)
+    step = ShardStep(model, zeros, zeros, zeros + 1, None)
+    is_first, is_last = model.shard.is_first_layer(), model.shard.is_last_layer()
+    x = zeros if is_first else torch.zeros(1, model.config.hidden_size)
+    out = step.persistent(x)
+    (weights, given), config = asked[0], model.config
+    assert given["rank"] == 1
+    assert given["rank_sums"] is memory[fastshard.ops.decode_rank_sums_size(2, config.hidden_size)]
+    assert given["num_heads"] == config.num_heads // 2
+    heads = config.num_heads + 2 * config.num_kv_heads
+    assert len(weights.qkv_weight[0]) == heads // 2 * config.head_dim
+    assert tuple(out.shape) == (1, config.vocab_size if is_last else config.hidden_size)
+    if is_last:
+        assert given["out"].shape == (1, config.vocab_size // 2)
+        assert torch.equal(out, torch.cat([given["out"], given["out"] + 1], 1))
+    else:
+        assert out is given["out"]
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -547,7 +547,10 @@ void yield() {
 
 void poll_system() {
   // Another GPU is another process, which may need this processor.
-  if (m.idle_yields > kIdleYieldsBeforeSleep) std::this_thread::sleep_for(std::chrono::microseconds(50));
+  if (m.idle_yields > kIdleYieldsBeforeSleep) {
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    m.idle_yields += 9;  // a livelock is one after some 20 s
+  }
   yield();
 }
 
