@@ -21,7 +21,7 @@ import torch
 
 from fastshard.bench.timing import Timing
 from fastshard.checkpoint import Checkpoint
-from fastshard.decode import capture, check_mode
+from fastshard.decode import MODES, capture, check_mode
 from fastshard.dist import (
     SUM_WAYS,
     Steps,
@@ -53,6 +53,7 @@ def measure(
     world: World,
     dtype: torch.dtype,
     *,
+    decode: str | None = None,
     batches: Sequence[int] = (),
     new_tokens: int = NEW_TOKENS,
     rounds: int = ROUNDS,
@@ -64,6 +65,7 @@ def measure(
         folder: A checkpoint; it needs no tokenizer.
         world: This rank among the others, all of which must call this.
         dtype: Of the weights.
+        decode: Mode; None: as ``FASTSHARD_DECODE`` says.
         batches: Rows to decode at once, in a world of one.
         new_tokens: After each prompt.
         rounds: Times that each is generated.
@@ -87,7 +89,7 @@ def measure(
         del model  # a GPU may not hold the weights twice
         gc.collect()
     layers = even_layers(checkpoint.config, world.num_stages, dtype, context)
-    settings = Settings(context, dtype, in_flight, layers, mode=check_mode(None))
+    settings = Settings(context, dtype, in_flight, layers, mode=check_mode(decode))
     pipeline = Pipeline(checkpoint, world, settings, steps=steps)
     hidden = torch.zeros((1, checkpoint.config.hidden_size), dtype=dtype, device=world.device)
     if world.rank > 0:
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a checkpoint")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
     parser.add_argument("--sums", choices=SUM_WAYS, default="group", help="how they add up")
+    parser.add_argument("--decode", choices=MODES, help="default: as FASTSHARD_DECODE says")
     parser.add_argument("--batch", type=int, nargs="+", default=[], help="rows, of one rank")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
@@ -269,6 +272,7 @@ def main() -> None:
                 args.folder,
                 world,
                 getattr(torch, args.dtype),
+                decode=args.decode,
                 batches=args.batch,
                 new_tokens=args.new_tokens,
                 rounds=args.rounds,

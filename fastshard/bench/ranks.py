@@ -2,9 +2,9 @@
 
 For each way to cut the model torchrun starts the ranks, which load a random checkpoint and run the
 pipeline of ``fastshard.pipeline``, see ``fastshard.bench.measured_rank``: one prompt, then two a
-stage in turns. Ranks that share layers do so with each way to add up. On one GPU the prompts of the
-larger runs are also decoded as one batch. Tokens are greedy, and those of one prompt are compared
-with one GPU's.
+stage in turns. Ranks that share layers do so in each of ``SHARED_WAYS``. On one GPU the prompts of
+the larger runs are also decoded as one batch. Tokens are greedy, and those of one prompt are
+compared with one GPU's.
 """
 
 import sys
@@ -22,6 +22,8 @@ from fastshard.dist import SUM_WAYS
 
 MODEL = "llama-3.1-8b"
 SIZES = (2, 4, 8)
+SHARED_WAYS = (("group", None), ("one_shot", "graph"), ("one_shot", "persistent"))
+"""How ranks that share layers add up, and decode; None: as ``FASTSHARD_DECODE`` says."""
 TIMEOUT = 240  # seconds of one run of torchrun; a rank that hangs ends it before
 _RANK = Path(__file__).with_name("measured_rank.py")
 
@@ -54,17 +56,18 @@ def run(
             more = ["--batch", *map(str, batches), *words]
             one = _ranks(folder, 1, 1, device, settings.dtype, more)
             yield {"model": name} | one
-            sum_ways = SUM_WAYS if device == "cuda" else SUM_WAYS[:1]
             for size in sizes:
-                for tp, sums in [(1, SUM_WAYS[0]), *((size, sums) for sums in sum_ways)]:
-                    found = _ranks(folder, size, tp, device, settings.dtype, words, sums)
+                shared = SHARED_WAYS if device == "cuda" else SHARED_WAYS[:1]
+                for tp, way in [(1, SHARED_WAYS[0]), *((size, way) for way in shared)]:
+                    found = _ranks(folder, size, tp, device, settings.dtype, words, *way)
                     yield {"model": name} | _beside(one, found)
 
 
 def text(result: dict) -> str:
     """One line, aligned with those of the other benchmarks."""
     size, tp = result["ranks"], result.get("tp", 1)
-    shared = f"tp {tp}, {result['sums']}" if tp > 1 else "pipeline"
+    in_launch = result.get("decode") == "persistent"
+    shared = f"tp {tp}, {'persistent' if in_launch else result['sums']}" if tp > 1 else "pipeline"
     way = "one GPU" if size == 1 else f"{size} GPUs, {shared}"
     case = f"{'ranks':<10} {way:<24} {result['model']:<32}"
     if "error" in result:
@@ -100,13 +103,16 @@ def _ranks(
     dtype: torch.dtype,
     words: Sequence[str] = (),
     sums: str = SUM_WAYS[0],
+    decode: str | None = None,
 ) -> dict:
     """What rank 0 of ``size`` measures; ``words`` are more arguments of each."""
+    asked = {"ranks": size, "tp": tp, "sums": sums, "decode": decode}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--local-addr", "127.0.0.1"]  # else torchrun looks the host up, which may fail
     command += [f"--nproc-per-node={size}", str(_RANK), folder, "--tp", str(tp), "--sums", sums]
     command += ["--device", device, "--dtype", str(dtype).removeprefix("torch.")]
-    asked = {"ranks": size, "tp": tp, "sums": sums}
+    if decode is not None:
+        command += ["--decode", decode]
     return asked | processes.result_of([*command, *words], TIMEOUT)
 
 

@@ -94,8 +94,8 @@ class DecodeArguments(NamedTuple):
     rope_interleaved: bool
     activation: str
     windows: list[int]
-    rank_sums: list[Tensor]
-    rank: int
+    rank_sums: Sequence[Tensor] = ()
+    rank: int = 0
 
 
 class DecodeSizes(NamedTuple):

@@ -51,7 +51,8 @@ def test_on_gpus_each_way_to_sum_is_measured(monkeypatch):
 
     def result_of(words, timeout):
         size, tp, sums = words[6].split("=")[1], words[10], words[12]
-        asked.append((int(size), int(tp), sums))
+        decode = words[words.index("--decode") + 1] if "--decode" in words else None
+        asked.append((int(size), int(tp), sums, decode))
         if tp == "2":
             return {"error": "it took more than 9 s"}
         return ONE | TWO if size == "2" else dict(ONE)
@@ -59,18 +60,18 @@ def test_on_gpus_each_way_to_sum_is_measured(monkeypatch):
     monkeypatch.setattr(processes, "result_of", result_of)
     monkeypatch.setattr(ranks, "write_checkpoint", lambda path, config: None)
     results = list(ranks.run(Settings(ranks=(2, 4))))
-    ways = [(size, tp, sums) for size in (2, 4) for tp, sums in ways_of(size)]
-    assert asked == [(1, 1, "group"), *ways]
-    assert [result.get("error") for result in results[1:4]] == [
-        None,
-        "it took more than 9 s",
-        "it took more than 9 s",
-    ]
-    assert (results[2]["sums"], results[3]["sums"]) == ("group", "one_shot")
+    ways = [(size, *way) for size in (2, 4) for way in ways_of(size)]
+    assert asked == [(1, 1, "group", None), *ways]
+    late = "it took more than 9 s"
+    assert [result.get("error") for result in results[1:5]] == [None, late, late, late]
+    lines = [ranks.text(result) for result in results[2:5]]
+    for line, way in zip(lines, ("group", "one_shot", "persistent"), strict=True):
+        assert " ".join(line.split()) == f"ranks 2 GPUs, tp 2, {way} llama-3.1-8b none: {late}"
 
 
 def ways_of(size):
-    return [(1, "group"), (size, "group"), (size, "one_shot")]
+    shared = [("group", None), ("one_shot", "graph"), ("one_shot", "persistent")]
+    return [(1, "group", None), *((size, *way) for way in shared)]
 
 
 def test_one_gpu_has_nothing_to_share(monkeypatch):
@@ -148,6 +149,19 @@ def test_text_of_one():
                 "sum_us": 9.25,
             },
             "2 GPUs, tp 2, one_shot",
+            "; a sum 9.2 us by itself",
+        ),
+        (
+            {
+                "tp": 2,
+                "sums": "one_shot",
+                "decode": "persistent",
+                "hops": 0,
+                "hop_bytes": None,
+                "transfer_us": None,
+                "sum_us": 9.25,
+            },
+            "2 GPUs, tp 2, persistent",
             "; a sum 9.2 us by itself",
         ),
     ],
