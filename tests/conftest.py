@@ -8,6 +8,7 @@ Tests of argument errors, those that call ``pytest.raises``, need not.
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ NO_GPU = "there is no CUDA device"
 
 
 def pytest_configure(config):
-    """Share the cores among the workers of pytest-xdist, and with the processes they start."""
+    """Share the cores among the workers of pytest-xdist; let tests and their processes be stopped.
+
+    A shell that runs pytest in the background has it ignore Ctrl-C, which processes inherit.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())

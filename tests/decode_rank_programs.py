@@ -48,14 +48,26 @@ def part_of(given: dict, rank: int, num_ranks: int) -> dict:
     }
 
 
+def calls_of(given: dict, xs: list[Tensor]) -> list[dict]:
+    """The arguments of each step, of one after another; each has an output of its own."""
+    changes = [
+        {
+            "x": x.to(given["slots"].device),
+            "slots": given["slots"] + i,
+            "positions": given["positions"] + i,
+            "out": given["out"].clone(),
+        }
+        for i, x in enumerate(xs)
+    ]
+    return [given | change for change in changes]
+
+
 def steps(given: dict, xs: list[Tensor]) -> list[Tensor]:
-    """What each step gives out, of one after another."""
-    outs = []
-    for i, x in enumerate(xs):
-        now = {"x": x, "slots": given["slots"] + i, "positions": given["positions"] + i}
-        ops.decode_step(**given | now)
-        outs.append(given["out"].clone())
-    return outs
+    """What each step gives out."""
+    calls = calls_of(given, xs)
+    for call in calls:
+        ops.decode_step(**call)
+    return [call["out"] for call in calls]
 
 
 def emulated_rank(connection: Connection) -> None:

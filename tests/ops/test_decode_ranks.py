@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decode_cases import Case, cast, make, plain
-from decode_rank_programs import PROCESSES, emulated_rank, part_of, steps
+from decode_rank_programs import PROCESSES, calls_of, emulated_rank, part_of, steps
 from torch import Tensor
 
 from fastshard import ops
@@ -55,9 +55,17 @@ def run_emulated():
 
 
 def run_on_gpus(parts: list[dict], xs: list[Tensor]) -> list[list[Tensor]]:
-    """All ranks in this process: launches do not wait for each other."""
-    outs = [steps(part, [x.to(part["out"].device) for x in xs]) for part in parts]
-    return [[out.cpu() for out in each] for each in outs]
+    """All ranks in this process. Between the first launch and the last there is nothing else.
+
+    An allocation might wait for a launch, which waits for that of another rank.
+    """
+    calls = [calls_of(part, xs) for part in parts]
+    for i in range(len(parts)):
+        torch.cuda.synchronize(i)
+    for i in range(len(xs)):
+        for rank in calls:
+            ops.decode_step(**rank[i])
+    return [[call["out"].cpu() for call in rank] for rank in calls]
 
 
 def memory_of(devices: list[torch.device], hidden_size: int) -> list[Tensor]:

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_checkpoints import SIZES, edit_json, make_reference, write_tokenizer
+from tiny_checkpoints import (
+    write_byte_checkpoint,
+)
 from watched_ranks import WatchedRanks
 
 import fastshard
@@ -27,12 +29,7 @@ WORDS = ["--max-new-tokens", "7", "--temperature", "1.2", "--top-k", "60", "--se
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "vocab_size", 258)
-        make_reference("llama").save_pretrained(path)
-    write_tokenizer(path)
-    edit_json(path / "config.json", eos_token_id=None)
-    (path / "generation_config.json").write_text("{}")
+    write_byte_checkpoint(path)
     return path
 
 

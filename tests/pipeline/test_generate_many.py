@@ -4,7 +4,9 @@ import warnings
 
 import pytest
 from recorded_graphs import pretend_to_capture
-from tiny_checkpoints import FAMILIES, SIZES, edit_json, make_reference, write_tokenizer
+from tiny_checkpoints import (
+    write_byte_checkpoint,
+)
 
 import fastshard
 from fastshard import Shard, ShardChain
@@ -18,13 +20,7 @@ CAPTURED = pytest.mark.parametrize("mode", ["persistent", "graph"])
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("bytes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "vocab_size", 258)
-        patch.setitem(FAMILIES["llama"][2], "head_dim", 64)  # one that ops.decode_step takes
-        make_reference("llama").save_pretrained(path)
-    write_tokenizer(path, chat_template="{{ messages[0].content | upper }}:")
-    edit_json(path / "config.json", eos_token_id=None)
-    (path / "generation_config.json").write_text("{}")
+    write_byte_checkpoint(path, chat_template="{{ messages[0].content | upper }}:")
     return path
 
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from pipeline_programs import Case, TokenRequest
 from ranks import run_ranks
-from tiny_checkpoints import FAMILIES, SIZES, edit_json, make_reference, write_tokenizer
+from tiny_checkpoints import (
+    SIZES,
+    write_byte_checkpoint,
+)
 
 import fastshard
 from fastshard import Shard, ShardChain
@@ -33,13 +36,7 @@ SAMPLED = {"temperature": 1.2, "top_k": 60, "seed": 3, "max_new_tokens": 12}
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("bytes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "vocab_size", 258)
-        patch.setitem(FAMILIES["llama"][2], "head_dim", 64)  # one that ops.decode_step takes
-        make_reference("llama").save_pretrained(path)
-    write_tokenizer(path)
-    edit_json(path / "config.json", eos_token_id=None)
-    (path / "generation_config.json").write_text("{}")
+    write_byte_checkpoint(path)
     return path
 
 
