@@ -81,30 +81,38 @@ def in_a_graph(path: Path, ranks: TensorParallel) -> tuple[list[list[int]], int]
     return rows, len(made)
 
 
-def share_on_gpus(folder: Path, device: str) -> None:
-    """Save what one of two ranks gives of each family; ``cuda`` is a GPU of its own for each."""
-    results = {}
-    with join_world(tp=2, device=device) as world:
-        for family in FAMILIES:
-            for dtype in (torch.float16, torch.bfloat16):
-                model = fastshard.load(
+def models_on_gpus(folder: Path, world: World):
+    """Every family in both halves: ``(family, dtype)`` and this rank's part."""
+    for family in FAMILIES:
+        for dtype in (torch.float16, torch.bfloat16):
+            yield (
+                (family, dtype),
+                fastshard.load(
                     folder / family,
                     device=world.device,
                     dtype=dtype,
                     tensor_parallel=world.tensor_parallel,
-                )
-                tokens = TOKENS.to(world.device)
-                pieces = [model.generate(tokens[:, :20])[1]]
-                for i in range(20, tokens.shape[1]):
-                    pieces.append(model.generate(tokens[:, i : i + 1], curr_pos=i)[1])
-                with warnings.catch_warnings(record=True) as warned:
-                    warnings.simplefilter("always")
-                    rows = generate_batch(model, PROMPTS, max_new_tokens=NEW_TOKENS)
-                results[family, dtype] = {
-                    "logits": torch.cat(pieces, 1).cpu(),
-                    "tokens": rows,
-                    "warnings": [str(warning.message) for warning in warned],
-                }
+                ),
+            )
+
+
+def share_on_gpus(folder: Path, device: str) -> None:
+    """Save what one of two ranks gives of each family; ``cuda`` is a GPU of its own for each."""
+    results = {}
+    with join_world(tp=2, device=device) as world:
+        for key, model in models_on_gpus(folder, world):
+            tokens = TOKENS.to(world.device)
+            pieces = [model.generate(tokens[:, :20])[1]]
+            for i in range(20, tokens.shape[1]):
+                pieces.append(model.generate(tokens[:, i : i + 1], curr_pos=i)[1])
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                rows = generate_batch(model, PROMPTS, max_new_tokens=NEW_TOKENS)
+            results[key] = {
+                "logits": torch.cat(pieces, 1).cpu(),
+                "tokens": rows,
+                "warnings": [str(warning.message) for warning in warned],
+            }
         torch.save(results, folder / f"{world.rank}.pt")
 
 
@@ -112,15 +120,8 @@ def step_on_gpus(folder: Path) -> None:
     """Save what one of two ranks gives of each family after a prompt, a launch a step."""
     results = {}
     with join_world(tp=2, device="cuda", sums="one_shot") as world:
-        for family in FAMILIES:
-            for dtype in (torch.float16, torch.bfloat16):
-                model = fastshard.load(
-                    folder / family,
-                    device=world.device,
-                    dtype=dtype,
-                    tensor_parallel=world.tensor_parallel,
-                )
-                results[family, dtype] = launched_logits(model, TOKENS.to(world.device))
+        for key, model in models_on_gpus(folder, world):
+            results[key] = launched_logits(model, TOKENS.to(world.device))
         torch.save(results, folder / f"{world.rank}.pt")
 
 

@@ -3,15 +3,14 @@
 Workers of pytest-xdist share it: compiling for CUDA takes half a minute and 3 GB.
 """
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from emulator.build import only_builder
 from fastshard.archive import compile
 
 
@@ -37,14 +36,7 @@ def compile_once(patch: pytest.MonkeyPatch, builds: Path) -> None:
     build: Callable[..., compile.Built] = compile.build
 
     def wait_and_build(code: str, **settings) -> compile.Built:
-        with _only_one(builds / f"{hashlib.sha256(code.encode()).hexdigest()}.lock"):
+        with only_builder(builds / hashlib.sha256(code.encode()).hexdigest()):
             return build(code, **settings)
 
     patch.setattr(compile, "build", wait_and_build)
-
-
-@contextmanager
-def _only_one(path: Path):
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        yield

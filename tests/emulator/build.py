@@ -164,7 +164,7 @@ def run_atomically(command: list[str], target: Path) -> None:
 
 @contextmanager
 def only_builder(folder: Path) -> Iterator[None]:
-    """Wait until no other process compiles the same objects into `folder`."""
+    """Wait until no other process builds the same in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, by a crash too
