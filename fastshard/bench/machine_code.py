@@ -35,7 +35,7 @@ CONFIGS = {
     "AttentionConfig": "HeadDim, RowWarps, RowTiles, KeyWarps, WarpKeys, MinBlocks, "
     "QueryInRegisters, Rules",
     "DecodeAttentionConfig": "HeadDim, Rows, Plain",
-    "DecodeConfig": "HeadDim, Group",
+    "DecodeConfig": "HeadDim, Group, IsShared",
     "GemmConfig": "RowWarps, ColumnWarps, WarpRows, WarpColumns, Depth, Stages, MinBlocks",
     "RopeConfig": "T, VecSize",
     "RowConfig": "ThreadsPerRow, RowsPerBlock, VecsPerThread",

@@ -788,7 +788,7 @@ MUTANTS = [
         "decode: the last part of down is added up again",
         "decode_step",
         "decode/step.cuh",
-        "        if (first + i >= parts) continue;\n",
+        "      if (first + i >= parts) continue;\n",
     ),
     Mutant(
         "decode: no barrier before the plan is read",

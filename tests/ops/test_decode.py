@@ -426,7 +426,7 @@ def test_workspace_is_zeros_of_the_documented_size(device):
 def raw_arguments(given: dict) -> tuple:
     """In the order of the schema."""
     schema = torch.ops.fastshard.decode_step.default._schema
-    weights = given["weights"]
+    weights, given = given["weights"], {"rank_sums": [], "rank": 0} | given
     return tuple(
         given[argument.name] if argument.name in given else getattr(weights, argument.name)
         for argument in schema.arguments
