@@ -193,13 +193,13 @@ class TensorParallelDecoder(ShardTransformerDecoder):
         return {"rank_sums": self.ranks.one_shot.step_memory(size), "rank": self.ranks.index}
 
     def join_logits(self, logits: Tensor) -> Tensor:
-        return self.ranks.gather(logits).transpose(0, 1).flatten(1)
+        """Parts ``[..., rows]`` to ``[..., vocab_size]`` float32."""
+        parts = self.ranks.gather(logits).movedim(0, -2)  # [..., size, rows]
+        return parts.to(torch.float32, memory_format=torch.contiguous_format).flatten(-2)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Norm and head: ``[b, s, hidden_size]`` to ``[b, s, vocab_size]`` float32."""
-        parts = self.ranks.gather(ops.linear(self.norm(h), self.head))  # [size, b, s, rows]
-        logits = parts.permute(1, 2, 0, 3)
-        return logits.to(torch.float32, memory_format=torch.contiguous_format).flatten(2)
+        return self.join_logits(ops.linear(self.norm(h), self.head))
 
 
 # What is added once, the bias and the residual, is added by the first rank, before the sum: in the
