@@ -200,6 +200,16 @@ def _cuda_libraries(home: Path, folder: Path) -> list[str]:
     return [f"-L{folder}"]
 
 
+def _loaded_libstdcxx() -> list[str]:
+    """The C++ library that PyTorch runs on, for the linker to take before what the compiler names.
+
+    A compiler that finds it only as an archive, or is told to, would put a second one into what it
+    links: beside the first its streams crash, as in every message that has a number in it.
+    """
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line.split(maxsplit=5)[5] for line in maps if "/libstdc++.so" in line})
+
+
 def _compile(source: str, folder: str, *flags: str) -> None:
     from torch.utils import cpp_extension
 
@@ -207,7 +217,9 @@ def _compile(source: str, folder: str, *flags: str) -> None:
     # function imports it here, where there is nothing to win either.
     cpp_extension._import_module_from_library = lambda *arguments: None
     cuda = source.endswith(".cu")
-    libraries = _cuda_libraries(Path(os.environ["CUDA_HOME"]), Path(folder)) if cuda else []
+    libraries = _loaded_libstdcxx()
+    if cuda:
+        libraries += _cuda_libraries(Path(os.environ["CUDA_HOME"]), Path(folder))
     cpp_extension.load(
         NAME,
         [source],

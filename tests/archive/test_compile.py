@@ -1,5 +1,10 @@
 """Compiling in a sandbox: what is kept, what is said, what is not run."""
 
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +130,37 @@ def test_where_the_runtime_of_cuda_is(tmp_path):
     assert (folder / "libcudart.so").read_text() == "13"
     (home / "lib" / "libcudart.so").write_text("any")
     assert compile._cuda_libraries(home, folder) == [f"-L{home / 'lib'}"]
+
+
+WRITES_A_NUMBER = """
+#include <sstream>
+extern "C" long digits(long n) { std::ostringstream out; out << n; return out.str().size(); }
+"""
+
+
+def test_a_static_cpp_library_is_left_out(compiler, tmp_path):
+    """Its streams would not know those of PyTorch's, and crash."""
+    if shutil.which("nm") is None:
+        skip_or_fail("FASTSHARD_REQUIRE_EMULATOR", "there is no nm")
+    cxx = os.environ.get("CXX", "c++")
+    for name, command in (("cxx", cxx), ("static", f"{cxx} -static-libstdc++")):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    source, defined = tmp_path / f"{compile.NAME}.cpp", {}
+    source.write_text(WRITES_A_NUMBER)
+    for name in ("cxx", "static"):
+        folder = tmp_path / f"by_{name}"
+        folder.mkdir()
+        environment = os.environ | {"CXX": str(tmp_path / name), "PATH": compile._path()}
+        safely = ["-P"] if sys.version_info >= (3, 11) else []
+        command = [sys.executable, *safely, "-m", compile.__name__, source, folder, "-O0"]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        library = folder / f"{compile.NAME}.so"
+        listed = subprocess.check_output(["nm", "-D", "--defined-only", library], text=True)
+        defined[name] = {line.split()[-1] for line in listed.splitlines()}
+        assert ctypes.CDLL(library).digits(12345) == 5
+    assert "digits" in defined["static"]
+    assert defined["static"] == defined["cxx"]
 
 
 def test_a_sandbox_that_fails_is_no_fault_of_the_code(compiler, monkeypatch):
