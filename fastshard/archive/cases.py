@@ -7,6 +7,9 @@ They are made of the row's own PyTorch code, which has the form of KernelBench's
 
 import ast
 import inspect
+import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,6 +31,8 @@ OTHER = ("as published",)
 """Of each other shape."""
 MAX_SHAPES = 4
 SCALE, SHIFT, NOISE = 30.0, 10.0, 0.1
+
+_numbers = itertools.count()
 
 
 class ReferenceFailed(Exception):
@@ -60,7 +65,9 @@ def read_task(code: str) -> Task:
     Raises:
         ReferenceFailed: it raises, or one of its parts is missing.
     """
-    names: dict[str, object] = {"__name__": "archive_reference"}
+    module = types.ModuleType(f"archive_reference_{next(_numbers)}")
+    sys.modules[module.__name__] = module  # where torch.compile looks for a function's globals
+    names = vars(module)
     try:
         exec(compile(code, "PyTorch_Code_Functional", "exec"), names)
         model, inputs = names["Model"], names["get_inputs"]
@@ -100,7 +107,13 @@ def arguments_of(task: Task, content: str, seed: int, dtype: torch.dtype) -> tup
     seed += 1 if content == "one element changed" else number
     noise = NOISE if number else 0.0
     made = task.make(seed, noise, lambda inputs: [_changed(x, content, seed) for x in inputs])
-    return trees.map_tensors(made, lambda x: x.to(dtype) if x.is_floating_point() else x)
+    return trees.map_tensors(made, lambda x: _rounded(x, dtype) if x.is_floating_point() else x)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is finite stays so: heavy tails reach beyond float16."""
+    limits = torch.finfo(dtype)
+    return torch.where(x.isfinite(), x.clamp(limits.min, limits.max), x).to(dtype)
 
 
 def _changed(x: object, content: str, seed: int) -> object:

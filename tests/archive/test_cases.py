@@ -1,5 +1,7 @@
 """Inputs made of a row's PyTorch code."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -57,6 +59,22 @@ def test_floats_are_of_the_dtype():
         torch.float16,
         torch.float16,
     ]
+
+
+def test_what_is_finite_stays_so_in_float16():
+    values = "torch.tensor([1e30, -1e30, float('inf'), 2.0]) * torch.ones("
+    large = LINEAR.replace("torch.randn(", values).replace("12, 20", "4, 20")
+    x = arguments_of(read_task(large), "as published", 0, torch.float16)[0]
+    assert x[0, 0].tolist() == [65504.0, -65504.0, torch.inf, 2.0]
+
+
+def test_a_function_is_of_a_module_that_can_be_imported():
+    """As torch.compile imports it."""
+    tasks = [read_task(reference("right")) for _ in range(2)]
+    names = [task.function.__globals__["__name__"] for task in tasks]
+    assert len(set(names)) == 2
+    for name, task in zip(names, tasks, strict=True):
+        assert importlib.import_module(name).module_fn is task.function
 
 
 def test_a_seed_gives_the_same_and_another_others():
