@@ -7,6 +7,7 @@
 //
 // Compiled twice: as it is for the CPU (c10::Allocator), and with CUDA's headers for
 // torch.cuda.memory.CUDAPluggableAllocator, where a first line defines FASTSHARD_GUARD_CUDA.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -29,6 +30,7 @@ namespace {
 
 constexpr size_t kGuard = 64 * 1024;       // bytes before, and after, each buffer
 constexpr size_t kKept = size_t(1) << 29;  // bytes of freed buffers that are watched
+constexpr size_t kPart = size_t(1) << 22;  // bytes that are looked at together
 constexpr unsigned char kFreed = 0xDB;
 
 struct Block {
@@ -127,20 +129,31 @@ void note(const Block& block, const char* where, size_t first) {
   }
 }
 
+// The first byte that is not what it should be, or `bytes` where all are.
+size_t first_change(const char* at, const char* expected, size_t bytes) {
+  if (std::memcmp(at, expected, bytes) == 0) return bytes;
+  size_t i = 0;
+  while (at[i] == expected[i]) ++i;
+  return i;
+}
+
 // What of a block's guards, and of its inside where it is freed, is not as it was left.
 void look_at(const Block& block, bool is_freed) {
   auto before = read(block.base, kGuard);
-  for (size_t i = kGuard; i-- > 0;) {
-    if (before[i] != canary()[i]) return note(block, "before a", kGuard - i);
+  if (std::memcmp(before.data(), canary().data(), kGuard) != 0) {
+    size_t i = kGuard;
+    while (before[i - 1] == canary()[i - 1]) --i;
+    return note(block, "before a", kGuard - i + 1);
   }
   auto after = read(block.base + kGuard + block.bytes, kGuard);
-  for (size_t i = 0; i < kGuard; ++i) {
-    if (after[i] != canary()[i]) return note(block, "after a", i + 1);
-  }
-  if (!is_freed) return;
-  auto inside = read(block.base + kGuard, block.bytes);
-  for (size_t i = 0; i < block.bytes; ++i) {
-    if (static_cast<unsigned char>(inside[i]) != kFreed) return note(block, "of a freed", i);
+  size_t i = first_change(after.data(), canary().data(), kGuard);
+  if (i < kGuard) return note(block, "after a", i + 1);
+  static const std::vector<char> pattern(kPart, char(kFreed));
+  for (size_t begin = 0; is_freed && begin < block.bytes; begin += kPart) {
+    size_t bytes = std::min(kPart, block.bytes - begin);
+    auto inside = read(block.base + kGuard + begin, bytes);
+    i = first_change(inside.data(), pattern.data(), bytes);
+    if (i < bytes) return note(block, "of a freed", begin + i);
   }
 }
 
