@@ -239,7 +239,7 @@ class Trial:
         said = self._ask_reference("solve", shape=shape, arguments=str(arguments), path=str(path))
         found = self._reference.take(path, self._own).value()
         edited, aliased = frozenset(said["edited"]), frozenset(said["aliased"])
-        return Truth(found["eager"], found["golden"], edited, aliased)
+        return Truth(found["eager"], found["golden"], edited, aliased, self._settings.device)
 
     def _ask_reference(self, step: str, **request) -> dict:
         try:
@@ -260,8 +260,8 @@ class Trial:
 
 
 def _at(reason: Reason, shape: int, where: str) -> Reason:
-    """With the inputs named; of another shape than the published one, of no other verdict."""
-    if shape == 0:
+    """With the inputs named; what is wrong at a later shape than the published is right there."""
+    if shape == 0 or reason.verdict == verdict.INACCURATE:
         return Reason(reason.verdict, f"{where}: {reason.text}")
     return Reason(verdict.ONE_SHAPE, f"{where}: {reason.verdict}: {reason.text}")
 

@@ -36,6 +36,38 @@ def test_twice_eagers_error_is_allowed_and_no_more():
     assert reason.text.startswith("largest error 1.2e-02, eager 5.5e-03, of 5.5e+01")
 
 
+def test_float32_may_be_summed_in_another_order_and_not_in_tf32():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 64, 2048)
+    products = a.double() * b.double()
+    golden = products.sum(1)
+    in_order = torch.zeros(64)
+    for product in products.float().T:
+        in_order += product
+    truth = Truth([golden.float()], [golden])  # of which twice the error is less
+    assert rules.FACTOR * (golden.float() - golden).abs().max() < (in_order - golden).abs().max()
+    assert rules.check_answer([in_order], truth) is None
+    tf32 = [(x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32).double() for x in (a, b)]
+    reason = rules.check_answer([(tf32[0] * tf32[1]).sum(1).float()], truth)
+    assert kind(reason) == verdict.INACCURATE
+
+
+def test_every_part_of_a_large_answer_is_compared(monkeypatch):
+    whole = rules.check_answer([EAGER + 0.5], TRUTH)
+    assert whole.text.startswith("largest error 5.0e-01, eager ")
+    monkeypatch.setattr(rules, "CHUNK", 24)  # of 64
+    for index in (0, 23, 24, 48, 63):
+        assert kind(rules.check_answer(changed(index, 200.0), TRUTH)) == verdict.WRONG
+        text = "1 of 64 elements are not finite, or should not be"
+        assert rules.check_answer(changed(index, torch.inf), TRUTH).text == text
+    numbers = torch.arange(64)
+    truth = Truth([numbers], [numbers])
+    assert rules.check_answer([numbers], truth) is None
+    assert rules.check_answer([numbers.flip(0)], truth).text == "64 of 64 elements differ"
+    assert rules.check_answer([EAGER], TRUTH) is None
+    assert rules.check_answer([EAGER + 0.5], TRUTH) == whole
+
+
 def test_the_mean_is_held_to_it_too():
     golden = torch.full((1000,), 1e-3, dtype=torch.float64)
     golden[0] = 1.0
@@ -119,6 +151,17 @@ def test_poison_that_is_the_right_answer_is_none():
     out = eager.clone()
     out[0] = 5
     assert kind(rules.check_answer([out], Truth([eager], [eager]), poison=0xFF)) == verdict.WRONG
+
+
+def test_poison_that_comes_by_chance_is_no_reason():
+    torch.manual_seed(0)
+    eager = 2 * torch.rand(200_000).half()
+    truth = Truth([eager], [eager.double()])
+    wrong = eager.flip(0)
+    assert rules.count_poison(wrong, 0x3E) > rules.count_poison(eager[:1000], 0x3E) + 50
+    assert kind(rules.check_answer([wrong], truth, poison=0x3E)) == verdict.WRONG
+    wrong[:1000].view(torch.uint8).fill_(0x3E)
+    assert kind(rules.check_answer([wrong], truth, poison=0x3E)) == verdict.NOT_WRITTEN
 
 
 def test_an_earlier_answer_has_a_verdict_of_its_own():

@@ -107,6 +107,27 @@ def test_contents_come_in_order_and_of_other_shapes_once(trial):
     assert asked == [*published, (1, "as published", 0), (2, "as published", 0)]
 
 
+@pytest.mark.parametrize(
+    ("found", "expected", "text"),
+    [
+        (verdict.WRONG, verdict.ONE_SHAPE, "as published, [3]: wrong: why"),
+        (verdict.INACCURATE, verdict.INACCURATE, "as published, [3]: why"),
+    ],
+)
+def test_what_is_wrong_at_another_shape_alone(trial, found, expected, text):
+    """Less accuracy is no sign of it: PyTorch computes some shapes otherwise than others."""
+
+    def call(kernel, shape, content, earlier):
+        if shape == 1:
+            raise Rejected(rules.Reason(found, "why"))
+        return FINITE if content == "as published" else OTHER
+
+    trial._shapes, trial._call = [[[2]], [[3]]], call
+    with pytest.raises(Rejected) as rejected:
+        trial.check(Seen())
+    assert rejected.value.reason == rules.Reason(expected, text)
+
+
 class Timed:
     """A kernel's process that says ``us`` a call, and answers as the reference."""
 
