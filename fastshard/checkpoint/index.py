@@ -1,5 +1,6 @@
 """Which tensor of a checkpoint lies in which file; only files that are asked for are opened."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,14 +65,15 @@ class WeightIndex:
             self._open(name)
 
     def describe(self) -> dict[str, str | None]:
-        """Shape, dtype and bytes of every tensor by name, from the headers alone.
+        """Shape, dtype, bytes and a sample's digest of every tensor by name, as one text.
 
-        None for a tensor whose file is not local: none is fetched, and each process may hold
-        only the files that it needs.
+        Of another checkpoint of the same model, like a finetuned one, it differs. Of each tensor
+        no more is read than the sample. None for a tensor whose file is not local: none is
+        fetched, and each process may hold only the files that it needs.
         """
         local = {name for name in set(self.file_names.values()) if self._source.local(name)}
         return {
-            tensor: str(self._open(name).tensors.get(tensor, "missing")) if name in local else None
+            tensor: _describe(self._open(name), tensor) if name in local else None
             for tensor, name in sorted(self.file_names.items())
         }
 
@@ -84,6 +86,13 @@ class WeightIndex:
                 )
             self._files[name] = TorchFile(path) if name.endswith(".pt") else SafetensorsFile(path)
         return self._files[name]
+
+
+def _describe(file: TensorFile, tensor: str) -> str:
+    if tensor not in file.tensors:
+        return "missing"
+    digest = hashlib.sha256(file.sample(tensor)).hexdigest()[:8]
+    return f"{file.tensors[tensor]}, sample {digest}"
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+SAMPLE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class TensorFile(Protocol):
     def read_rows(
         self, name: str, start: int, stop: int, columns: range | None = None
     ) -> Tensor: ...
+
+    def sample(self, name: str) -> bytes: ...
 
 
 class SafetensorsFile:
@@ -107,6 +110,15 @@ class SafetensorsFile:
                 offset += row_bytes
         flat = torch.frombuffer(self._buffer, dtype=info.dtype, count=math.prod(shape))
         return flat.view(shape)
+
+    def sample(self, name: str) -> bytes:
+        """The bytes in the middle of a tensor, at most ``SAMPLE_BYTES``."""
+        info = self.tensors[name]
+        sample = bytearray(min(SAMPLE_BYTES, info.end - info.begin))
+        middle = (info.begin + info.end - len(sample)) // 2
+        with self.path.open("rb", buffering=0) as file:
+            self._read(file.fileno(), name, self._data_start + middle, memoryview(sample))
+        return bytes(sample)
 
     def _read(self, file: int, name: str, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes from ``offset`` on."""
@@ -178,3 +190,12 @@ class TorchFile:
         """Rows ``start`` to ``stop`` (along the first dim), of a matrix only ``columns``."""
         rows = self._state[name][start:stop]
         return rows if columns is None else rows[:, columns.start : columns.stop]
+
+    def sample(self, name: str) -> bytes:
+        """The bytes in the middle of a tensor, at most ``SAMPLE_BYTES``; none of another type."""
+        if self.tensors[name].dtype is None:
+            return b""
+        raw = self._state[name].reshape(-1).view(torch.uint8)
+        count = min(SAMPLE_BYTES, len(raw))
+        start = (len(raw) - count) // 2
+        return bytes(raw[start : start + count].tolist())

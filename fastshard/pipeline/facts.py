@@ -14,7 +14,7 @@ _NOT_COMPARED = ("prompt", "prompts_file", "model", "device", "run", "command_li
 def describe_rank(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     """Version, config, tensors and options, as ``dist.check_same`` takes them.
 
-    Of the weights only the headers of local files are read.
+    Of the weights only the headers of local files are read, and a few bytes of each tensor.
     """
     facts: dict[str, Any] = {"fastshard version": fastshard.__version__}
     for field in fields(checkpoint.config):

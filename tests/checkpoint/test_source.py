@@ -1,6 +1,8 @@
 """Directories and the hub: which files are asked for, and what is said where there are none."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -145,7 +147,7 @@ def test_neither_directory_nor_hub_id_raises(source):
 
 
 def test_tensors_are_described_by_what_is_local(repository, monkeypatch):
-    """By headers alone: nothing is fetched for it, and no weight is read."""
+    """By headers and samples: nothing is fetched for it, and no row is read."""
     path, asked = repository
     checkpoint = Checkpoint(REPO)
     asked.clear()
@@ -160,9 +162,11 @@ def test_tensors_are_described_by_what_is_local(repository, monkeypatch):
     middle = {name for name in of_directory if ".layers.1." in name}
     assert of_hub == {name: of_directory[name] if name in middle else None for name in of_directory}
     name = "model.layers.1.mlp.up_proj.weight"
-    assert of_directory[name] == "[80, 48] torch.float32, 15360 bytes"
+    assert re.fullmatch(r"\[80, 48\] torch\.float32, 15360 bytes, sample \w{8}", of_directory[name])
     edit_tensors(path / "model-1.safetensors", **{name.replace(".", "__"): torch.zeros(3).int()})
-    assert Checkpoint(path).weights.describe()[name] == "[3] of another type, 12 bytes"
+    digest = hashlib.sha256(bytes(12)).hexdigest()[:8]
+    said = f"[3] of another type, 12 bytes, sample {digest}"
+    assert Checkpoint(path).weights.describe()[name] == said
     edit_tensors(path / "model-1.safetensors", **{name.replace(".", "__"): None})
     assert Checkpoint(path).weights.describe()[name] == "missing"
 

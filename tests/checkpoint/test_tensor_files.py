@@ -56,6 +56,24 @@ def test_rows_of_a_torch_file(tmp_path, tensors):
     assert torch.equal(file.read_rows("t1", 2, 6, range(1, 3)), tensors["t1"][2:6, 1:3])
 
 
+def test_a_sample_is_the_middle(path, tmp_path, tensors):
+    torch.save(tensors | {"whole": torch.arange(3)}, tmp_path / "a.pt")
+    torch_file, file = TorchFile(tmp_path / "a.pt"), SafetensorsFile(path)
+    for name, tensor in tensors.items():
+        whole = bytes(tensor.view(torch.uint8).flatten().tolist())
+        middle = whole[max(0, len(whole) - 64) // 2 :][:64]
+        assert file.sample(name) == torch_file.sample(name) == middle
+    assert torch_file.sample("whole") == b""
+
+
+def test_a_sample_is_all_that_is_read(tmp_path):
+    save_file({"x": torch.zeros(1000, 1000)}, tmp_path / "a")
+    file = SafetensorsFile(tmp_path / "a")
+    before = bytes_read()
+    file.sample("x")
+    assert bytes_read() - before < 1000  # with this measurement
+
+
 @pytest.mark.parametrize("columns", [range(0, 3), range(0, 1), range(1, 3), range(2, 2)])
 def test_columns_are_those_that_safetensors_wrote(path, tensors, columns):
     file = SafetensorsFile(path)

@@ -190,8 +190,14 @@ def test_a_rank_without_memory_is_named(run):
         (
             "checkpoint",
             r"all ranks must have the same tensor model\.layers\.1\.mlp\.up_proj\.weight, got "
-            r"\[80, 48\] torch\.float32, 15360 bytes on rank 0, \[81, 48\] torch\.float32, 15552 "
-            "bytes on rank 1",
+            r"\[80, 48\] torch\.float32, 15360 bytes, sample \w{8} on rank 0, "
+            r"\[81, 48\] torch\.float32, 15552 bytes, sample \w{8} on rank 1",
+        ),
+        (
+            "finetuned checkpoint",
+            r"all ranks must have the same tensor model\.layers\.1\.mlp\.up_proj\.weight, got "
+            r"\[80, 48\] torch\.float32, 15360 bytes, sample (\w{8}) on rank 0, "
+            r"\[80, 48\] torch\.float32, 15360 bytes, sample (?!\1)\w{8} on rank 1",
         ),
         (
             "option",
@@ -200,10 +206,12 @@ def test_a_rank_without_memory_is_named(run):
     ],
 )
 def test_a_fault_of_one_rank_is_there_from_the_start(path, tmp_path, fault, message):
-    if fault == "checkpoint":
-        shutil.copytree(path, f"{path}-changed")
-        changed = {"model__layers__1__mlp__up_proj__weight": torch.zeros(81, 48)}
+    if fault.endswith("checkpoint"):
+        shutil.copytree(path, f"{path}-changed", dirs_exist_ok=True)
+        rows = 80 if fault.startswith("finetuned") else 81
+        changed = {"model__layers__1__mlp__up_proj__weight": torch.zeros(rows, 48)}
         edit_tensors(Path(f"{path}-changed/model.safetensors"), **changed)
+        fault = "checkpoint"
     words = ["generate", "--model", str(path), "--device", "cpu", "--layers", "0,1-2", "ab"]
     with WatchedRanks(tmp_path, 2, "command", words, fault) as ranks:
         assert ranks.exit_codes() == [1, 1]
