@@ -125,6 +125,14 @@ def _add_verify(commands) -> None:
     add("--timeout", type=seconds, metavar="TIME", default=120.0, help="of a call (default: 120s)")
     add("--memory", type=number, metavar="GB", default=32.0, help="of a process (default: 32)")
     add("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
+    add(
+        "--jobs",
+        type=whole,
+        metavar="N",
+        default=1,
+        help="sources that are compiled while a kernel is tried, on a GPU: each takes a core and "
+        "3 GB (default: 1)",
+    )
     add("--again", action="store_true", help="also what has a verdict of this code")
     add("--seed", type=whole, default=0, help="of the inputs (default: 0)")
 
@@ -204,6 +212,7 @@ def run_verify(args: argparse.Namespace) -> int:
         timeout=args.timeout,
         memory_gb=args.memory,
         compiles=not args.no_compile,
+        jobs=args.jobs,
         again=args.again,
         seed=args.seed,
         say=print,

@@ -64,6 +64,16 @@ class Verifier:
         self.device_name = torch.cuda.get_device_name(settings.device) if self._is_cuda else "cpu"
         self._rates: dict[str, float] | None = None
 
+    def prepare(self, row: Row) -> None:
+        """Compile a row's source, where it has one that this device runs; nothing is run.
+
+        Raises:
+            RuntimeError: as of a call.
+        """
+        code = row.cuda_code or ""
+        if code.strip() and (self._is_cuda or not compile.is_cuda(code)):
+            self._build(code)
+
     def __call__(self, row: Row) -> Verdict:
         """Verify a row that was read whole.
 

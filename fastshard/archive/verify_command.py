@@ -1,7 +1,10 @@
 """``fastshard archive verify``: consent, what the sandbox lacks, then one verdict after another."""
 
 import hashlib
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import torch
 
@@ -25,6 +28,7 @@ def run(
     timeout: float = 120.0,
     memory_gb: float = 32.0,
     compiles: bool = True,
+    jobs: int = 1,
     again: bool = False,
     seed: int = 0,
     say: Say = print,
@@ -42,6 +46,8 @@ def run(
         timeout: Seconds without a sign of life after which a kernel hangs.
         memory_gb: Resident, of each process.
         compiles: Whether ``torch.compile`` is timed too.
+        jobs: How many sources are compiled ahead, while a kernel is tried; on a CPU, which that
+            would disturb, none are.
         again: Whether rows that have a verdict of the same code on the same device are verified.
         seed: Of the inputs.
         say: Is given each line.
@@ -74,14 +80,26 @@ def run(
         found = catalog.select(listed, op=op, level=level, min_speedup=min_speedup)
         chosen = [row.id for row in found]
     verifier = Verifier(settings)
+    ahead = jobs if on.type == "cuda" else 0
+    waiting: deque[tuple[Row, Future]] = deque()
+
+    def verify_next() -> None:
+        row, prepared = waiting.popleft()
+        prepared.result()
+        found = verifier(row)
+        verdict.save(found)
+        say(line(found))
+
     for identity in chosen:
         row = source.whole_row(archive, identity)
         if not again and _is_known(row, verifier.device_name):
             say(f"{catalog.plain(identity)}: has a verdict; --again verifies it again")
             continue
-        found = verifier(row)
-        verdict.save(found)
-        say(line(found))
+        waiting.append((row, _in_thread(verifier.prepare, row)))
+        if len(waiting) > ahead:
+            verify_next()
+    while waiting:
+        verify_next()
     say(f"{len(chosen)} kernels; fastshard archive report compares claims and verdicts")
     return 0
 
@@ -96,6 +114,20 @@ def line(found: verdict.Verdict) -> str:
             us = ", ".join(f"{name} {value:.4g} us" for name, value in times.items())
             said.append(f"{dtype}: {us}")
     return catalog.plain(" ".join("; ".join([*said, *found.notes]).split()))
+
+
+def _in_thread(function: Callable[[Row], None], row: Row) -> Future:
+    """Call it in a thread that no interrupted program waits for: with it ends its compiler."""
+    future: Future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(row))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def _isolation(without_network: bool, say: Say) -> list[str]:
