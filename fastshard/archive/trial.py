@@ -260,7 +260,7 @@ class Trial:
 
 
 def _at(reason: Reason, shape: int, where: str) -> Reason:
-    """With the inputs named; what is wrong at a later shape than the published is right there."""
+    """With the inputs named; what fails at another shape has passed at the published one."""
     if shape == 0 or reason.verdict == verdict.INACCURATE:
         return Reason(reason.verdict, f"{where}: {reason.text}")
     return Reason(verdict.ONE_SHAPE, f"{where}: {reason.verdict}: {reason.text}")
