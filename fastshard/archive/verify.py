@@ -64,45 +64,49 @@ class Verifier:
         self.device_name = torch.cuda.get_device_name(settings.device) if self._is_cuda else "cpu"
         self._rates: dict[str, float] | None = None
 
-    def prepare(self, row: Row) -> None:
-        """Compile a row's source, where it has one that this device runs; nothing is run.
-
-        Raises:
-            RuntimeError: as of a call.
-        """
-        code = row.cuda_code or ""
-        if code.strip() and (self._is_cuda or not compile.is_cuda(code)):
-            self._build(code)
-
     def __call__(self, row: Row) -> Verdict:
         """Verify a row that was read whole.
 
         Raises:
             RuntimeError: not the kernel, but this machine fails: no nvcc, no sandbox.
         """
-        missing = [
-            column
-            for column, text in (
-                ("CUDA_Code", row.cuda_code),
-                ("PyTorch_Code_Functional", row.functional_code),
-            )
-            if not (text and text.strip())
-        ]
-        if missing:
-            reason = Reason(verdict.INCOMPLETE, f"{' and '.join(missing)} must not be null")
-            return self._verdict(row, reason, {})
+        return self.judge(row, self.build(row))
+
+    def build(self, row: Row) -> compile.Built | None:
+        """Compile a row's source; None of a row that lacks a part. Nothing foreign is run.
+
+        Raises:
+            RuntimeError: as of a call.
+        """
+        if _missing(row):
+            return None
         if compile.is_cuda(row.cuda_code) and not self._is_cuda:
             raise RuntimeError(f"{row.id} is CUDA code, which needs nvcc and a GPU")
-        built = self._build(row.cuda_code)
+        return compile.build(
+            row.cuda_code,
+            parts=self.settings.parts,
+            arch=self._arch,
+            timeout=self.settings.compile_timeout,
+        )
+
+    def judge(self, row: Row, built: compile.Built | None) -> Verdict:
+        """The verdict of a row and what ``build`` made of it.
+
+        Raises:
+            RuntimeError: as of a call.
+        """
+        if built is None:
+            reason = Reason(verdict.INCOMPLETE, f"{' and '.join(_missing(row))} must not be null")
+            return self._verdict(row, reason, {})
         if built.library is None:
             return self._verdict(row, Reason(verdict.NOT_COMPILED, built.reason), {})
-        full = self._judge(row, built, "float32")
+        full = self._try(row, built, "float32")
         seen = {"float32": full}
         notes = list(full.notes)
         if full.reason is None and not _HALF.search(row.cuda_code):
             notes.append("float16 was not tried: the source does not name it")
         elif full.reason is None:
-            half = self._judge(row, built, "float16")
+            half = self._try(row, built, "float16")
             notes += [f"float16: {note}" for note in half.notes]
             if half.reason is None:
                 seen["float16"] = half
@@ -110,14 +114,6 @@ class Verifier:
                 notes.append(f"float16: {half.reason.verdict}: {half.reason.text}")
         times = {dtype: each.times for dtype, each in seen.items() if each.times}
         return self._verdict(row, full.reason, times, notes)
-
-    def _build(self, code: str) -> compile.Built:
-        return compile.build(
-            code,
-            parts=self.settings.parts,
-            arch=self._arch,
-            timeout=self.settings.compile_timeout,
-        )
 
     def _guard(self) -> compile.Built:
         code = (Path(__file__).parent / "guard.cpp").read_text()
@@ -128,7 +124,7 @@ class Verifier:
             raise RuntimeError(f"the canaries' allocator does not compile: {built.reason}")
         return built
 
-    def _judge(self, row: Row, built: compile.Built, dtype: str) -> Seen:
+    def _try(self, row: Row, built: compile.Built, dtype: str) -> Seen:
         trial = Trial(self.settings, row, built, self._guard(), dtype)
         seen = Seen()
         try:
@@ -172,3 +168,12 @@ class Verifier:
                 "isolation": ", ".join(self.settings.parts) or "limits alone",
             },
         )
+
+
+def _missing(row: Row) -> list[str]:
+    """The columns that a row must have to be verified, and has not."""
+    needed = {
+        "CUDA_Code": row.cuda_code,
+        "PyTorch_Code_Functional": row.functional_code,
+    }
+    return [column for column, text in needed.items() if not (text and text.strip())]

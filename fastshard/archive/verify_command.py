@@ -84,9 +84,8 @@ def run(
     waiting: deque[tuple[Row, Future]] = deque()
 
     def verify_next() -> None:
-        row, prepared = waiting.popleft()
-        prepared.result()
-        found = verifier(row)
+        row, built = waiting.popleft()
+        found = verifier.judge(row, built.result())
         verdict.save(found)
         say(line(found))
 
@@ -95,7 +94,7 @@ def run(
         if not again and _is_known(row, verifier.device_name):
             say(f"{catalog.plain(identity)}: has a verdict; --again verifies it again")
             continue
-        waiting.append((row, _in_thread(verifier.prepare, row)))
+        waiting.append((row, _in_thread(verifier.build, row)))
         if len(waiting) > ahead:
             verify_next()
     while waiting:
@@ -116,7 +115,7 @@ def line(found: verdict.Verdict) -> str:
     return catalog.plain(" ".join("; ".join([*said, *found.notes]).split()))
 
 
-def _in_thread(function: Callable[[Row], None], row: Row) -> Future:
+def _in_thread(function: Callable[[Row], object], row: Row) -> Future:
     """Call it in a thread that no interrupted program waits for: with it ends its compiler."""
     future: Future = Future()
 

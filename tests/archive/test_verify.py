@@ -130,13 +130,13 @@ def test_a_right_kernel_is_verified_and_timed(device):
 def test_what_names_no_half_precision_is_not_tried_in_it(monkeypatch, code, dtypes):
     verifier = verifier_on(torch.device("cpu"))
     built, tried = compile.Built(Path("x.so"), None, Path()), []
-    monkeypatch.setattr(Verifier, "_build", lambda self, code: built)
+    monkeypatch.setattr(Verifier, "build", lambda self, row: built)
 
     def judge(self, row, built, dtype):
         tried.append(dtype)
         return trial.Seen(times={"candidate": 1.0})
 
-    monkeypatch.setattr(Verifier, "_judge", judge)
+    monkeypatch.setattr(Verifier, "_try", judge)
     values = corpus.row("right") | {"CUDA_Code": code}
     found = verifier(schema.row_of(values, "a", "here"))
     assert tried == list(found.times) == dtypes
@@ -240,7 +240,7 @@ def test_verdicts_are_kept_and_not_made_twice(fetched, device, capsys, monkeypat
     assert "1/23/wrong: wrong; as published, [32, 96]: largest error " in out
     found = verdict.load("1/23/wrong")
     assert (found.verdict, found.op_name) == (verdict.WRONG, "23_Softmax")
-    monkeypatch.setattr(verify_command.Verifier, "__call__", refuse_to_run)
+    monkeypatch.setattr(verify_command.Verifier, "build", refuse_to_run)
     assert cli.main(arguments) == 0
     said = "1/23/wrong: has a verdict; --again verifies it again\n"
     assert said in capsys.readouterr().out

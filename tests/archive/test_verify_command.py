@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from archive.parquet_rows import write_rows
-from fastshard.archive import sandbox, source, verdict, verify_command
+from fastshard.archive import compile, sandbox, schema, source, verdict, verify_command
+from fastshard.archive import verify as verify_module
+from fastshard.archive.trial import Settings
 
 SECONDS = 60.0
 NAMES = ("a", "b", "c", "d")
@@ -19,22 +21,24 @@ class Verifier:
     device_name = "a GPU"
 
     def __init__(self, settings):
-        self.prepared, self.tried, self.missing = [], [], None
+        self.built, self.tried = [], []
         self.changed = threading.Condition()
         Verifier.made = self
 
-    def prepare(self, row):
+    def build(self, row):
         with self.changed:
-            self.prepared.append(row.id)
+            self.built.append(row.id)
             self.changed.notify_all()
         if row.id == Verifier.fails_at:
             raise RuntimeError("there is no nvcc")
+        return f"built {row.id}"
 
-    def __call__(self, row):
+    def judge(self, row, built):
+        assert built == f"built {row.id}"
         expected = Verifier.ahead[len(self.tried)]
         with self.changed:
-            self.changed.wait_for(lambda: len(self.prepared) >= expected, SECONDS)
-            assert sorted(self.prepared) == Verifier.rows[:expected]
+            self.changed.wait_for(lambda: len(self.built) >= expected, SECONDS)
+            assert sorted(self.built) == Verifier.rows[:expected]
         self.tried.append(row.id)
         return verdict.Verdict(row.id, verdict.WRONG, "why", code_sha256="0")
 
@@ -91,15 +95,20 @@ def test_a_compiler_that_cannot_run_ends_it_where_it_is_needed(verify, monkeypat
     assert Verifier.made.tried == IDS[:2]
 
 
-def test_only_what_this_device_runs_is_prepared(monkeypatch):
-    from fastshard.archive import compile, schema
-    from fastshard.archive.trial import Settings
-    from fastshard.archive.verify import Verifier
-
+def test_a_row_that_lacks_a_part_is_not_compiled(monkeypatch):
     monkeypatch.setattr(compile, "check_compilers", lambda *, cuda: "a compiler")
-    built = []
-    monkeypatch.setattr(compile, "build", lambda code, **settings: built.append(code))
-    verifier = Verifier(Settings(torch.device("cpu"), parts=[]))
-    for code in (None, " ", "__global__ void kernel() {}", "int x;"):
-        verifier.prepare(schema.row_of({"CUDA_Code": code}, "a", "here"))
-    assert built == ["int x;"]
+    compiled = []
+    monkeypatch.setattr(compile, "build", lambda code, **settings: compiled.append(code) or "built")
+    verifier = verify_module.Verifier(Settings(torch.device("cpu"), parts=[]))
+    whole = {"CUDA_Code": "int x;", "PyTorch_Code_Functional": "pass"}
+
+    def build(**columns):
+        return verifier.build(schema.row_of(whole | columns, "a", "here"))
+
+    for column in whole:
+        assert [build(**{column: text}) for text in (None, "", " ")] == [None] * 3
+    with pytest.raises(RuntimeError, match=r"^a is CUDA code, which needs nvcc and a GPU$"):
+        build(CUDA_Code="__global__ void kernel() {}")
+    assert compiled == []
+    assert build() == "built"
+    assert compiled == ["int x;"]

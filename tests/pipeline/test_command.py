@@ -10,9 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_checkpoints import (
-    write_byte_checkpoint,
-)
+from tiny_checkpoints import write_byte_checkpoint
 from watched_ranks import WatchedRanks
 
 import fastshard

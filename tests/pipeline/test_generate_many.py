@@ -4,9 +4,7 @@ import warnings
 
 import pytest
 from recorded_graphs import pretend_to_capture
-from tiny_checkpoints import (
-    write_byte_checkpoint,
-)
+from tiny_checkpoints import write_byte_checkpoint
 
 import fastshard
 from fastshard import Shard, ShardChain

@@ -8,10 +8,7 @@ import pytest
 import torch
 from pipeline_programs import Case, TokenRequest
 from ranks import run_ranks
-from tiny_checkpoints import (
-    SIZES,
-    write_byte_checkpoint,
-)
+from tiny_checkpoints import SIZES, write_byte_checkpoint
 
 import fastshard
 from fastshard import Shard, ShardChain
