@@ -68,7 +68,7 @@ def test_every_part_of_a_large_answer_is_compared(monkeypatch):
     assert rules.check_answer([EAGER + 0.5], TRUTH) == whole
 
 
-def test_the_mean_is_held_to_it_too():
+def test_the_mean_is_held_to_it_too(monkeypatch):
     golden = torch.full((1000,), 1e-3, dtype=torch.float64)
     golden[0] = 1.0
     eager = golden.float()
@@ -76,6 +76,8 @@ def test_the_mean_is_held_to_it_too():
     reason = rules.check_answer([eager + 5e-4], Truth([eager], [golden]))
     assert kind(reason) == verdict.INACCURATE
     assert reason.text.startswith("mean error ")
+    monkeypatch.setattr(rules, "CHUNK", 300)  # of 1000
+    assert rules.check_answer([eager + 5e-4], Truth([eager], [golden])) == reason
 
 
 def test_an_error_that_is_no_rounding_is_wrong():
