@@ -19,9 +19,9 @@ FACTOR = 2.0
 """Errors of eager PyTorch that a kernel may make."""
 ORDER = 1e-5
 """Of the values' size, in float32: what another order of summation may err beside that. n terms
-one after the other err by some sqrt(n) * 6e-8 of their size, where PyTorch may add them up in
-blocks: on an H200 a product of two [2049, 2049] by 1.9e-6 of its largest element, PyTorch by 5e-7.
-Factors in tf32, each rounded by up to 5e-4, and skipped work lie above."""
+one after the other err by some sqrt(n) * 6e-8 of their size, 8e-6 for 2**14 of them, where PyTorch
+may add them up in blocks, and err less. Factors in tf32, each rounded by up to 5e-4, and skipped
+work lie above."""
 ROUNDING = 1e-2
 """Of the largest value: a larger error is no rounding."""
 LIMIT_NOISE = 0.05
